@@ -1,0 +1,391 @@
+#!/usr/bin/env python3
+"""Pretrain an encoder with SynCo: MoCo v2 and synthetic hard negatives (arXiv 2410.02401).
+
+On all GPUs of this machine, in the published settings:
+
+  python main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --multiprocessing-distributed --world-size 1 --rank 0 \\
+    --mlp --moco-t 0.2 --aug-plus --cos --save-dir runs/synco IMAGENET
+
+On one GPU, or on a CPU for trying it out (torchrun --nproc-per-node N works too):
+
+  python main_synco.py -a resnet18 --img-size 32 --epochs 5 --warmup-epochs 1 -b 128 --moco-k 4096 --n-hard 64 \\
+    --mlp --moco-t 0.2 --aug-plus --cos --knn-freq 1 --save-dir runs/try FOLDER
+
+DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE. Writes checkpoint_0000.pth.tar ..., config.json,
+log.jsonl and TensorBoard files.
+"""
+
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+
+from synco import checkpoint, distributed, knn, loader, metrics, options
+from synco.builder import SynCo, features, torchvision_network
+from synco.negatives import TYPES
+from synco.options import UserError, number
+
+
+def parse():
+    parser = options.Parser(__doc__)
+    options.add_data(parser)
+    options.add_run(parser, epochs=200, batch_size=256, save_dir="./")
+    options.add_distributed(parser)
+    flag = parser.add_argument
+    flag("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
+    flag("--schedule", default=[120, 160], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
+    flag("--cos", action="store_true", help="cosine schedule in place of --schedule")
+    flag("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
+    flag("--wd", "--weight-decay", default=1e-4, type=number(float, 0), dest="weight_decay", help="weight decay")
+    flag("--aug-plus", action="store_true", help="MoCo v2's augmentation in place of v1's")
+    flag("--save-freq", default=1, type=number(int, 1), help="epochs between checkpoints; the last is always written")
+    flag("--keep", default=0, type=number(int, 0), help="how many numbered checkpoints stay; 0: all")
+    flag("--knn-freq", default=0, type=number(int, 0), help="epochs between kNN evaluations, train vs. val; 0: none")
+    flag("--knn-k", default=200, type=number(int, 1), help="neighbours that vote; at most all")
+    flag("--sync-bn", action="store_true", help="BatchNorm statistics over all GPUs")
+    flag("--bn-splits", default=1, type=number(int, 1), help="BatchNorm in that many splits, which stand in for GPUs")
+
+    flag("--moco-dim", default=128, type=number(int, 1), help="width of the embedding")
+    flag("--moco-k", default=65536, type=number(int, 1), help="rows of the queue")
+    flag("--moco-m", default=0.999, type=number(float, 0, 1), help="momentum of the key encoder")
+    flag("--moco-t", default=0.07, type=number(float, above=0), help="temperature")
+    flag("--mlp", action="store_true", help="two-layer head, as in MoCo v2")
+
+    flag("--n-hard", default=1024, type=number(int, 1), help="hardest queue rows to draw from")
+    for i, (name, count) in enumerate(zip(TYPES, (256, 256, 256, 64, 64, 64)), 1):
+        flag(f"--n{i}", default=count, type=number(int, 0), help=f"{name} negatives a query")
+    flag("--alpha", default=0.5, type=number(float, high=1, above=0), help="type 1: weight of the query ~ U(0, alpha)")
+    flag("--beta", default=1.5, type=number(float, above=1), help="type 2: extrapolation ~ U(1, beta)")
+    flag("--gamma", default=1.0, type=number(float, high=1, above=0), help="type 3: weight of a row ~ U(0, gamma)")
+    flag("--sigma", default=0.01, type=number(float, 0), help="type 4: standard deviation of the noise")
+    flag("--delta", default=0.01, type=number(float, 0), help="type 5: step along the similarity's gradient")
+    flag("--eta", default=0.01, type=number(float, 0), help="type 6: step along the gradient's sign")
+    flag("--warmup-epochs", default=10, type=number(int, 0), help="first epochs without synthesis")
+    flag("--cooldown-epochs", default=0, type=number(int, 0), help="last epochs without synthesis")
+
+    args = parser.parse_args()
+    args.log_dir = args.log_dir or args.save_dir
+    args.counts = {name: getattr(args, f"n{i}") for i, name in enumerate(TYPES, 1)}
+    if any(args.counts.values()) and args.n_hard > args.moco_k:
+        raise UserError(f"--n-hard {args.n_hard} is larger than the queue: --moco-k is {args.moco_k}")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch} must be below --epochs {args.epochs}")
+    if args.sync_bn and args.bn_splits > 1:
+        raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
+    if args.overwrite and args.resume == "auto":
+        raise UserError("--overwrite starts anew and --resume auto goes on; give one of the two")
+    return args
+
+
+def run(process, args):
+    device, world = process.device, process.world_size
+    path, saved = find_checkpoint(args)
+    seeded = args.seed is not None
+    args.seed = distributed.from_rank_0(choose_seed(args.seed, path, saved))
+    torch.manual_seed(args.seed)  # the same start in every process
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = seeded, not seeded
+
+    # data
+    if args.sync_bn and device.type == "cpu":
+        raise UserError("--sync-bn needs GPUs, and this machine has none")
+    if args.batch_size % process.local_size:
+        raise UserError(
+            f"--batch-size {args.batch_size} is not divisible by this node's {process.local_size} processes"
+        )
+    batch = args.batch_size // process.local_size
+    if batch % args.bn_splits or batch // args.bn_splits < 2:
+        raise UserError(
+            f"--batch-size {args.batch_size} --bn-splits {args.bn_splits}: the {batch} images of a process "
+            "do not divide into equal splits of at least 2"
+        )
+    images = loader.image_folder(args.data, "train")
+    if len(images) < batch * world:
+        raise UserError(
+            f"--batch-size {args.batch_size}: a step takes {batch * world} images and {images.root} has {len(images)}"
+        )
+    if args.moco_k < batch * world:
+        raise UserError(f"--moco-k {args.moco_k} is smaller than the {batch * world} keys of a step")
+    workers = loader.workers_each(args.workers, process.local_size)
+    pairs = loader.TwoCrops(images, loader.augmentation(args.img_size, args.aug_plus), args.seed)
+    batches = loader.train_loader(pairs, batch, process=process, workers=workers, seed=args.seed)
+    steps = len(batches)
+    bank = queries = None
+    if args.knn_freq:
+        bank, queries = (loader.image_folder(args.data, split) for split in ("train", "val"))
+        if bank.classes != queries.classes:
+            strange = sorted(set(bank.classes) ^ set(queries.classes))
+            raise UserError(f"{args.data}: train and val hold different classes: {', '.join(strange[:5])}")
+        for part in (bank, queries):
+            part.transform = loader.center_view(args.img_size)
+        bank, queries = (loader.eval_loader(part, batch, process=process, workers=workers) for part in (bank, queries))
+
+    # model
+    try:
+        model = SynCo(
+            torchvision_network(args.arch, args.img_size),
+            args.moco_dim,
+            args.moco_k,
+            args.moco_m,
+            args.moco_t,
+            args.mlp,
+            n_hard=args.n_hard,
+            **{f"n{i}": getattr(args, f"n{i}") for i in range(1, 7)},
+            **{name: getattr(args, name) for name in ("alpha", "beta", "gamma", "sigma", "delta", "eta")},
+            warmup_epochs=args.warmup_epochs,
+            stop_epoch=args.epochs - args.cooldown_epochs,
+            bn_splits=args.bn_splits,
+            seed=args.seed,
+        )
+        if args.sync_bn:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.to(device).eval()
+        with torch.no_grad():
+            features(model.encoder_q, model.head, torch.zeros(2, 3, args.img_size, args.img_size, device=device))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"-a {args.arch} --img-size {args.img_size}: {str(error).splitlines()[0]}") from error
+    model.train()
+    # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+    # where to start, and where to write
+    start_epoch = checkpoint.resume(saved, path, model, optimizer, args.arch) if saved else args.start_epoch
+    if start_epoch > args.epochs:
+        raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
+    if process.rank == 0:
+        prepare_folders(args)
+        describe(args, process, batch, steps, start_epoch, path, saved)
+    saved = None  # its memory
+    log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
+
+    # training
+    learner = model
+    if torch.distributed.is_initialized():
+        learner = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def evaluate(epoch):
+        parts = (model.encoder_q, model.head, bank, queries, device)
+        top1 = knn.accuracy(*parts, classes=len(images.classes), k=args.knn_k)
+        log.write("knn", epoch * steps, epoch=epoch, top1=top1)
+        say(process, f"kNN after {epoch} epochs: {top1:.2f} %")
+
+    due = args.knn_freq and start_epoch % args.knn_freq == 0
+    if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
+        evaluate(start_epoch)
+    for epoch in range(start_epoch, args.epochs):
+        batches.sampler.set_epoch(epoch)
+        lr = learning_rate(epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args)
+        done = epoch + 1
+        if process.rank == 0 and (done % args.save_freq == 0 or done == args.epochs):
+            save(model, optimizer, done, done * steps, args)
+        if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
+            evaluate(done)
+    log.close()
+    say(process, f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
+
+
+def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args):
+    """One epoch. Numbers are read back from the device at print steps only."""
+    device, first = process.device, epoch * steps
+    averages = metrics.Averages()
+    began = since = time.perf_counter()
+    waited, printed = 0.0, -1
+    asked = time.perf_counter()
+    for i, (im_q, im_k, _) in enumerate(batches):
+        waited += time.perf_counter() - asked
+        im_q, im_k = (im.to(device, non_blocking=True) for im in (im_q, im_k))
+        if first + i == 0:
+            log.images("pairs", pair_grid(im_q, im_k) if process.rank == 0 else None, 0)
+
+        torch.manual_seed(distributed.seed_of(args.seed, first + i, process.rank))  # for networks with dropout
+        logits, labels = learner(im_q, im_k, epoch + i / steps, step=first + i)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        averages.add(loss=loss, **metrics.contrastive_accuracy(logits, args.moco_k))
+        if i % args.print_freq == 0 or i == steps - 1:
+            numbers = averages.read(distributed.mean)
+            if not math.isfinite(numbers["loss"]):
+                saved = checkpoint.numbered(args.save_dir)
+                raise FloatingPointError(
+                    f"the loss is {numbers['loss']} between steps {printed + 1} and {i} of epoch {epoch} (lr {lr:g}); "
+                    f"last good checkpoint: {saved[-1][1] if saved else 'none'}"
+                )
+            now = time.perf_counter()
+            numbers |= {
+                "lr": lr,
+                "images_per_second": (i - printed) * len(im_q) * process.world_size / (now - since),
+                "data_share": waited / (now - since),
+            }
+            if process.rank == 0:
+                counts = dict(zip(TYPES, model.counts_at(epoch + i / steps)))
+                report(log, numbers, logits.detach(), counts, epoch, i, steps, now - began, args)
+            since, waited, printed = time.perf_counter(), 0.0, i
+        asked = time.perf_counter()
+
+
+def report(log, numbers, logits, counts, epoch, i, steps, elapsed, args):
+    """A progress line, and the same numbers with the negatives' hardness as a log line."""
+    left = elapsed / (i + 1) * ((args.epochs - epoch) * steps - i - 1)
+    print(
+        f"Epoch {epoch} [{i + 1:{len(str(steps))}}/{steps}]  loss {numbers['loss']:.4f}  acc@1 {numbers['acc1']:5.2f}  "
+        f"acc@5 {numbers['acc5']:5.2f}  real acc@1 {numbers['acc1_real']:5.2f}  "
+        f"{numbers['images_per_second']:.0f} images/s  data {numbers['data_share']:.0%}  ETA {metrics.duration(left)}",
+        flush=True,
+    )
+    found = metrics.hardness(logits, counts, K=args.moco_k, T=args.moco_t, n_hard=args.n_hard)
+    values = torch.stack([v for pair in found.values() for v in pair]).tolist()
+    names = [f"{what}/{name}" for name in found for what in ("similarity", "mass")]
+    log.write("train", epoch * steps + i + 1, epoch=epoch, **numbers, **dict(zip(names, values)))
+
+
+def learning_rate(epoch, args):
+    """MoCo's rule, per epoch: cosine to 0, or a tenth at each milestone."""
+    if args.cos:
+        return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def find_checkpoint(args):
+    """What --resume asks for: (path, the loaded checkpoint), or (None, None) for a fresh start."""
+    path = None
+    if distributed.rank() == 0:
+        mine = checkpoint.numbered(args.save_dir)
+        if args.resume == "auto":
+            path = mine[-1][1] if mine else None
+        else:
+            path = args.resume or None
+            inside = path and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
+            if inside and args.overwrite:
+                raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
+            if mine and not inside and not args.overwrite:
+                raise UserError(
+                    f"--save-dir {args.save_dir} holds another run ({os.path.basename(mine[-1][1])}): --resume auto "
+                    "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
+                )
+    path = distributed.from_rank_0(path)
+    return path, path and checkpoint.load(path)
+
+
+def choose_seed(given, path, saved):
+    """The run's seed: as given, as in the checkpoint, or a new one."""
+    stored = saved and saved.get("config", {}).get("seed")
+    if stored is not None and given not in (None, stored):
+        raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
+    if stored is not None:
+        return stored
+    return int.from_bytes(os.urandom(4), "little") if given is None else given
+
+
+def prepare_folders(args):
+    """Make the output folders, see that they can be written, and with --overwrite remove the run in them."""
+    for folder in (args.save_dir, args.log_dir):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    if args.overwrite:
+        old = [path for _, path in checkpoint.numbered(args.save_dir)] + metrics.log_files(args.log_dir)
+        for path in old:
+            os.remove(path)
+
+
+def method(args):
+    """The method in words."""
+    if not any(args.counts.values()):
+        return "MoCo (no synthetic negatives)"
+    kinds = ", ".join(f"{count} {name}" for name, count in args.counts.items() if count)
+    mochi = not any(args.counts[name] for name in TYPES if name not in ("interpolated", "mixed"))
+    end = args.epochs - args.cooldown_epochs
+    when = f"in epochs {args.warmup_epochs} to {end - 1}"
+    if end <= args.warmup_epochs:
+        when = "in no epoch: all are warm-up or cool-down"
+    return (
+        f"{'MoCHi' if mochi else 'SynCo'}: {sum(args.counts.values())} synthetic negatives a query ({kinds}), "
+        f"made from the {args.n_hard} hardest of {args.moco_k} queue rows, {when}"
+    )
+
+
+def describe(args, process, batch, steps, start_epoch, path, saved):
+    """Print what is about to run, and store it as config.json."""
+    device = f"{process.device}"
+    if process.device.type == "cuda":
+        device += f" ({torch.cuda.get_device_name(process.device)})"
+    facts = {
+        "method": method(args),
+        "device": device,
+        "world_size": process.world_size,
+        "batch_per_process": batch,
+        "global_batch": batch * process.world_size,
+        "steps_per_epoch": steps,
+        "seed": args.seed,
+    }
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):18} {value}")
+    if path:
+        print(f"{'resumed':18} {path}, {start_epoch} epochs done")
+        before = saved.get("config", {})
+        now = {name: value for name, value in vars(args).items() if name in before and name not in UNRELATED}
+        changed = [f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value]
+        if changed:
+            print(f"{'changed':18} {'; '.join(changed)}")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    config = vars(args) | facts | {"command": shlex.join(sys.argv), "versions": versions}
+    with open(os.path.join(args.save_dir, "config.json"), "w") as file:
+        json.dump(config, file, indent=1)
+        file.write("\n")
+
+
+# flags that may differ between a run and its continuation without a word
+UNRELATED = set(
+    "data workers resume overwrite save_dir log_dir print_freq save_freq keep knn_freq knn_k start_epoch "
+    "world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
+)
+
+
+def save(model, optimizer, done, step, args):
+    """The published names and keys, and the settings beside them; then prune what --keep does not keep."""
+    content = {
+        "epoch": done,
+        "arch": args.arch,
+        "state_dict": checkpoint.prefixed(model),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "config": vars(args),
+    }
+    checkpoint.save(content, os.path.join(args.save_dir, f"checkpoint_{done - 1:04d}.pth.tar"))
+    if args.keep:
+        for _, path in checkpoint.numbered(args.save_dir)[: -args.keep]:
+            os.remove(path)
+
+
+def pair_grid(im_q, im_k, pairs=8):
+    """The first query views above their key views, as one picture (3, H, W) in [0, 1]."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (loader.IMAGENET_MEAN, loader.IMAGENET_STD))
+    views = torch.cat([im_q[:pairs], im_k[:pairs]]).cpu() * std + mean
+    return torchvision.utils.make_grid(views.clamp(0, 1), nrow=min(pairs, len(im_q)))
+
+
+def say(process, text):
+    if process.rank == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    distributed.launch(run, parse)

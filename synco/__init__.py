@@ -1,0 +1,1 @@
+"""SynCo: MoCo-style contrastive pretraining with synthetic hard negatives."""

@@ -1,0 +1,136 @@
+"""Images: reading, augmentation, two crops, samplers and loaders.
+
+Every draw is a function of (seed, epoch, image index), so neither the number of workers nor what ran before matters.
+"""
+
+import math
+import os
+
+import torch
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data.distributed import DistributedSampler
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from synco import distributed
+from synco.options import UserError, usable_cpus
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def read_image(path):
+    """The image in a file, as RGB. Raises UserError that names a file which cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # what PIL's decoders raise on damaged or hostile files
+    except (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from error
+
+
+def image_folder(root, split):
+    """The images under root/split/CLASS/. Raises UserError where a folder or the images are missing."""
+    folder = os.path.join(root, split)
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder; it should hold {split}/CLASS/IMAGE")
+    if not os.path.isdir(folder):
+        raise UserError(f"{root}: has no folder {split!r} in it; it should hold {split}/CLASS/IMAGE")
+    try:
+        return ImageFolder(folder, loader=read_image)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: {str(error).splitlines()[0]}; it should hold CLASS/IMAGE") from error
+
+
+class GaussianBlur:
+    """PIL's Gaussian blur with a radius (its σ, in pixels) drawn uniformly from a range, as in SimCLR."""
+
+    def __init__(self, low=0.1, high=2.0):
+        self.low, self.high = low, high
+
+    def __call__(self, image):
+        radius = torch.empty(1).uniform_(self.low, self.high).item()
+        return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def to_tensor():
+    """PIL image → float tensor (3, H, W) with ImageNet's statistics."""
+    return transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def augmentation(size, plus):
+    """MoCo's augmentation of one view: v2's (`plus`, arXiv 2003.04297) or v1's (arXiv 1911.05722).
+
+    PIL image → (3, size, size).
+    """
+    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0))
+    grayscale = transforms.RandomGrayscale(p=0.2)
+    flip = transforms.RandomHorizontalFlip()
+    if plus:
+        jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        blur = transforms.RandomApply([GaussianBlur()], p=0.5)
+        return transforms.Compose([crop, jitter, grayscale, blur, flip, to_tensor()])
+    return transforms.Compose([crop, grayscale, transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, to_tensor()])
+
+
+def center_view(size):
+    """The centre of an image: resized to 256/224 of `size` (below 64 pixels to `size`), centre-cropped.
+
+    PIL image → (3, size, size).
+    """
+    resized = size if size < 64 else round(size * 256 / 224)
+    return transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size), to_tensor()])
+
+
+class TwoCrops(Dataset):
+    """Two augmented views of each image, drawn from (seed, epoch, image index).
+
+    dataset: items (PIL image, label); keys are pairs (epoch, index), as `EpochSampler` gives them.
+    Items: im_q (3, H, W), im_k (3, H, W), index.
+    """
+
+    def __init__(self, dataset, transform, seed):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image, _ = self.dataset[index]
+        # torchvision's transforms draw from torch's default generator: lend it this image's own seed
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(distributed.seed_of(self.seed, epoch, index))
+            return self.transform(image), self.transform(image), index
+
+
+class EpochSampler(DistributedSampler):
+    """This process's part of an epoch's permutation, as keys (epoch, index): workers that live on learn the epoch."""
+
+    def __iter__(self):
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+def workers_each(total, local_size):
+    """Loading workers of one process of `local_size`, from those of the node, capped at its CPUs."""
+    return math.ceil(min(total, usable_cpus()) / local_size)
+
+
+def train_loader(dataset, batch_size, *, process, workers, seed):
+    """Batches of `batch_size` for this process, the incomplete last one left out; call `.sampler.set_epoch` first."""
+    sampler = EpochSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed, drop_last=True)
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=process.device.type == "cuda",
+    )
+
+
+def eval_loader(dataset, batch_size, *, process, workers):
+    """This process's share of a data set in order: every image in exactly one process, the last batch kept."""
+    share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
+    return DataLoader(share, batch_size, num_workers=workers, pin_memory=process.device.type == "cuda")

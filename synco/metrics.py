@@ -1,0 +1,143 @@
+"""What a run tells: averages that stay on the device, diagnostics of the negatives, TensorBoard, JSON lines."""
+
+import glob
+import json
+import os
+import time
+
+import torch
+
+
+class Averages:
+    """Means of per-step numbers; nothing is read from the device until `read`."""
+
+    def __init__(self):
+        self.sums, self.steps = {}, 0
+
+    def add(self, **values):
+        """values: 0-dim tensors on the device, the same names in every step and process."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.steps += 1
+
+    def read(self, reduce):
+        """{name: mean since the last read}, with one read from the device; then cleared.
+
+        reduce: (names,) tensor of this process → that of all, such as `distributed.mean`.
+        """
+        means = reduce(torch.stack(list(self.sums.values())).float() / self.steps).tolist()
+        found = dict(zip(self.sums, means))
+        self.sums, self.steps = {}, 0
+        return found
+
+
+@torch.no_grad()
+def contrastive_accuracy(logits, K):
+    """How often the positive scores highest (acc1) or among the five highest (acc5), in percent.
+
+    logits (N, 1 + K + S), the positive in column 0. acc1_real leaves the S synthetic negatives out: an interpolated
+    negative lies nearer to the query than most positives do, so acc1 falls when synthesis begins.
+    Returns 0-dim tensors.
+    """
+    higher = logits > logits[:, :1]  # (N, 1 + K + S)
+    real = higher[:, : 1 + K].sum(dim=1)  # (N,)
+    above = real + higher[:, 1 + K :].sum(dim=1)
+    counts = {"acc1": above < 1, "acc5": above < 5, "acc1_real": real < 1}
+    return {name: 100 * count.float().mean() for name, count in counts.items()}
+
+
+@torch.no_grad()
+def hardness(logits, counts, *, K, T, n_hard):
+    """How hard the negatives are, by kind.
+
+    logits (N, 1 + K + S): positive, queue, synthetic negatives, divided by T; counts: {type name: negatives a query}.
+    Returns {name: (mean similarity to the query, share of the softmax mass)}, 0-dim tensors, for "positive", "queue",
+    "hardest" (the n_hard hardest queue rows, or all if there are fewer), and each type with a count > 0.
+    """
+    mass = logits.softmax(dim=1)  # (N, 1 + K + S)
+    top, where = logits[:, 1 : 1 + K].topk(min(n_hard, K), dim=1)
+    found = {
+        "positive": (logits[:, 0].mean() * T, mass[:, 0].mean()),
+        "queue": (logits[:, 1 : 1 + K].mean() * T, mass[:, 1 : 1 + K].sum(dim=1).mean()),
+        "hardest": (top.mean() * T, mass.gather(1, 1 + where).sum(dim=1).mean()),
+    }
+    start = 1 + K
+    for name, count in counts.items():
+        if count:
+            part = slice(start, start + count)
+            found[name] = (logits[:, part].mean() * T, mass[:, part].sum(dim=1).mean())
+            start += count
+    return found
+
+
+class Log:
+    """JSON lines and TensorBoard in one folder; both hold the same numbers. Other ranks' logs write nothing.
+
+    Steps count those done: 0 before the first. Lines and points beyond `steps_done` are dropped: a resumed run writes
+    them again.
+    """
+
+    def __init__(self, folder, *, steps_done=0, active=True):
+        self.active, self.kept = active, []
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
+
+        path = os.path.join(folder, "log.jsonl")
+        if os.path.exists(path):
+            self.kept = [line for line in read_log(path) if line["step"] <= steps_done]
+        with open(path + ".tmp", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.kept)
+        os.replace(path + ".tmp", path)
+        self.lines = open(path, "a")
+        self.board = SummaryWriter(folder, purge_step=steps_done + 1 if steps_done else None)
+
+    def holds(self, kind, epoch):
+        """Whether a line of that kind and epoch was there when the log was opened."""
+        return any(line["kind"] == kind and line["epoch"] == epoch for line in self.kept)
+
+    def write(self, kind, step, **numbers):
+        """One line {"kind", "step", "time", numbers...}; all but the epoch go to TensorBoard as kind/name."""
+        if not self.active:
+            return
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **numbers}
+        self.lines.write(json.dumps(line) + "\n")
+        self.lines.flush()
+        for name, value in numbers.items():
+            if name != "epoch":
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.board.flush()
+
+    def images(self, name, grid, step):
+        """grid (3, H, W) in [0, 1] → TensorBoard."""
+        if self.active:
+            self.board.add_image(name, grid, step)
+
+    def close(self):
+        if self.active:
+            self.lines.close()
+            self.board.close()
+
+
+def log_files(folder):
+    """The files that a `Log` in this folder has written."""
+    patterns = ("log.jsonl", "events.out.tfevents.*")
+    return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts; an incomplete last line (a run that was killed) is left out."""
+    lines = []
+    with open(path) as file:
+        for text in file:
+            if text.endswith("\n"):
+                lines.append(json.loads(text))
+    return lines
+
+
+def duration(seconds):
+    """Seconds → "1 d 02:03:04" or "2:03:04"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{days} d {h:02}:{m:02}:{s:02}" if days else f"{h}:{m:02}:{s:02}"

@@ -1,0 +1,147 @@
+"""Synthetic hard negatives: the six formulas of SynCo, the mining of hard rows, and the draw.
+
+Source: SynCo, arXiv 2410.02401, sec. 3; types 1 and 3 are MoCHi's, arXiv 2010.01028, sec. 4.
+
+The six functions are formulas only: they draw nothing, take any float dtype, and return unit rows that
+are constants for the gradient. `synthesize` does the drawing. N queries, S negatives a query, C dimensions,
+K rows in the queue.
+"""
+
+import torch
+import torch.nn.functional as F
+
+TYPES = ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")
+
+
+@torch.no_grad()
+def interpolated(q, n, alpha):
+    """Type 1: a point between the query and a hard negative.
+
+        s = normalize(alpha * q + (1 - alpha) * n)
+
+    q (N, C), n (N, S, C), alpha (N, S, 1) in (0, 0.5) → (N, S, C), unit rows.
+    """
+    return F.normalize(alpha * q[:, None] + (1 - alpha) * n, dim=-1)
+
+
+@torch.no_grad()
+def extrapolated(q, n, beta):
+    """Type 2: a point beyond the hard negative, on the line from the query through it.
+
+        s = normalize(q + beta * (n - q))
+
+    q (N, C), n (N, S, C), beta (N, S, 1) in (1, 1.5) → (N, S, C), unit rows.
+    """
+    q = q[:, None]
+    return F.normalize(q + beta * (n - q), dim=-1)
+
+
+@torch.no_grad()
+def mixed(n_i, n_j, gamma):
+    """Type 3: a mixture of two hard negatives.
+
+        s = normalize(gamma * n_i + (1 - gamma) * n_j)
+
+    n_i, n_j (N, S, C), gamma (N, S, 1) in (0, 1) → (N, S, C), unit rows.
+    """
+    return F.normalize(gamma * n_i + (1 - gamma) * n_j, dim=-1)
+
+
+@torch.no_grad()
+def noisy(n, noise):
+    """Type 4: a hard negative with Gaussian noise added.
+
+        s = normalize(n + noise)
+
+    n (N, S, C), noise (N, S, C) already scaled by sigma → (N, S, C), unit rows.
+    """
+    return F.normalize(n + noise, dim=-1)
+
+
+@torch.no_grad()
+def perturbed(q, n, delta):
+    """Type 5: a hard negative moved a step towards the query.
+
+        s = normalize(n + delta * grad_n <q, n>),   grad_n <q, n> = q
+
+    The similarity is the dot product, so its gradient is known and autograd has no part in it.
+    q (N, C), n (N, S, C), delta a float → (N, S, C), unit rows.
+    """
+    return F.normalize(n + delta * q[:, None], dim=-1)
+
+
+@torch.no_grad()
+def adversarial(q, n, eta):
+    """Type 6: a hard negative moved by the sign of the similarity's gradient, as in FGSM.
+
+        s = normalize(n + eta * sign(grad_n <q, n>)),   grad_n <q, n> = q
+
+    q (N, C), n (N, S, C), eta a float → (N, S, C), unit rows.
+    """
+    return F.normalize(n + eta * q.sign()[:, None], dim=-1)
+
+
+@torch.no_grad()
+def hardest(similarity, n_hard):
+    """The queue rows that are most similar to each query, most similar first.
+
+    similarity (N, K), n_hard <= K → (N, n_hard) row indices. The order is part of the result: draws pick
+    positions in it, so it must not depend on how a device happens to select.
+    """
+    return similarity.topk(n_hard, dim=1).indices
+
+
+@torch.no_grad()
+def synthesize(
+    q,
+    queue,
+    hard,
+    counts,
+    *,
+    alpha=0.5,
+    beta=1.5,
+    gamma=1.0,
+    sigma=0.01,
+    delta=0.01,
+    eta=0.01,
+    generator=None,
+):
+    """Draw hard rows and coefficients, and make the synthetic negatives of every query.
+
+    Rows are drawn from `hard` uniformly, with replacement, independently for each negative and type.
+
+    q (N, C) unit rows; queue (K, C) unit rows; hard (N, n_hard) row indices from `hardest`;
+    counts: six integers, how many negatives of each of `TYPES` a query gets.
+    alpha, beta, gamma: upper ends of the coefficients' ranges U(0, alpha), U(1, beta), U(0, gamma);
+    sigma: the noise's standard deviation; delta, eta: step lengths;
+    generator: on q's device; None draws from torch's default one.
+    Returns (N, sum of counts, C), unit rows, in the order of `TYPES`, constant for the gradient.
+    """
+    n1, n2, n3, n4, n5, n6 = counts
+    q = q.detach()
+    N, n_hard = hard.shape
+
+    def uniform(low, high, count):
+        return torch.empty(N, count, 1, dtype=q.dtype, device=q.device).uniform_(low, high, generator=generator)
+
+    # One draw and one gather serve all types; indexing copies, so later enqueues cannot reach the rows.
+    draws = (n1, n2, n3, n3, n4, n5, n6)
+    pick = torch.randint(n_hard, (N, sum(draws)), device=q.device, generator=generator)
+    rows = F.embedding(hard.gather(1, pick), queue)  # (N, sum(draws), C)
+    a, b, c_i, c_j, d, e, f = rows.split(draws, dim=1)
+
+    made = []
+    if n1:
+        made.append(interpolated(q, a, uniform(0, alpha, n1)))
+    if n2:
+        made.append(extrapolated(q, b, uniform(1, beta, n2)))
+    if n3:
+        made.append(mixed(c_i, c_j, uniform(0, gamma, n3)))
+    if n4:
+        noise = torch.randn(d.shape, dtype=q.dtype, device=q.device, generator=generator)
+        made.append(noisy(d, sigma * noise))
+    if n5:
+        made.append(perturbed(q, e, delta))
+    if n6:
+        made.append(adversarial(q, f, eta))
+    return torch.cat(made, dim=1) if made else q.new_empty(N, 0, q.shape[1])

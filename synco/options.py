@@ -1,0 +1,103 @@
+"""Command-line flags: the parser, value checks, and the flags that several scripts share, each declared once."""
+
+import argparse
+import difflib
+import os
+
+import torchvision
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the launcher prints its one line on stderr and exits with status 2."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and every flag's default where there is one."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default in ("", argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else '%(default)s'})"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, raised as `UserError`, and that takes no abbreviated flags."""
+
+    def __init__(self, docstring):
+        super().__init__(description=docstring, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind, low=None, high=None, *, above=None):
+    """An argparse type: an int or float (`kind`) with low <= value <= high, or value > above."""
+    bounds = [f">= {low}"] if low is not None else []
+    bounds += [f"> {above}"] if above is not None else []
+    bounds += [f"<= {high}"] if high is not None else []
+    wanted = {int: "a whole number", float: "a number"}[kind] + (" " + " and ".join(bounds) if bounds else "")
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        # written so that NaN fails, whatever the bounds are
+        inside = value is not None and value == value and abs(value) != float("inf")
+        inside = inside and (low is None or value >= low) and (high is None or value <= high)
+        if not (inside and (above is None or value > above)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def architecture(name):
+    """An argparse type: the name of one of torchvision's classification networks."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
+        raise argparse.ArgumentTypeError(f"{name!r} is not a torchvision classification network; {hint}")
+    return name
+
+
+def add_data(parser):
+    """What to read: the data folder, the network's name, the image size, the loading workers."""
+    flag = parser.add_argument
+    flag("data", metavar="DATA", help="folder in ImageNet's layout: train/CLASS/IMAGE, val/CLASS/IMAGE")
+    flag("-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network")
+    flag("--img-size", default=224, type=number(int, 8), help="side of the square crops, in pixels")
+    flag("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
+
+
+def add_run(parser, *, epochs, batch_size, save_dir):
+    """Length, reporting and output of a run; the defaults are the script's own."""
+    flag = parser.add_argument
+    flag("--epochs", default=epochs, type=number(int, 1), help="epochs to run")
+    flag("--start-epoch", default=0, type=number(int, 0), help="epoch to start at; --resume sets it")
+    flag("-b", "--batch-size", default=batch_size, type=number(int, 1), help="per node, shared by its processes")
+    flag("-p", "--print-freq", default=10, type=number(int, 1), help="steps between progress lines")
+    flag("--resume", default="", metavar="PATH", help="checkpoint to go on from; 'auto': the newest in --save-dir")
+    flag("--save-dir", default=save_dir, metavar="FOLDER", help="folder for checkpoints and config.json")
+    flag("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
+    flag("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
+    flag("--seed", type=number(int, 0), help="of every random draw (unset: one is drawn, printed and stored)")
+
+
+def add_distributed(parser):
+    """Processes and devices, under MoCo's names; see `distributed.launch`."""
+    flag = parser.add_argument
+    flag("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
+    flag("--nproc-per-node", type=number(int, 1), help="processes to start so (unset: the GPUs, or 1 on a CPU)")
+    flag("--world-size", default=-1, type=number(int, -1), help="nodes; processes if they are started one by one")
+    flag("--rank", default=-1, type=number(int, -1), help="of this node; of this process if started by itself")
+    flag("--dist-url", metavar="URL", help="where they meet: tcp://HOST:PORT or env:// (unset: a free port here)")
+    flag("--dist-backend", choices=("nccl", "gloo"), help="unset: nccl on GPUs, gloo on a CPU")
+    flag("--gpu", type=number(int, 0), help="the one GPU to use")
+
+
+def usable_cpus():
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
