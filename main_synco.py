@@ -210,7 +210,9 @@ def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, ar
         if first + i == 0:
             log.images("pairs", pair_grid(im_q, im_k) if process.rank == 0 else None, 0)
 
-        torch.manual_seed(distributed.seed_of(args.seed, first + i, process.rank))  # for networks with dropout
+        torch.manual_seed(
+            distributed.seed_of("dropout", args.seed, first + i, process.rank)
+        )  # for networks with dropout
         logits, labels = learner(im_q, im_k, epoch + i / steps, step=first + i)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()

@@ -122,7 +122,7 @@ class SynCo(nn.Module):
         k = keys[rank * N : (rank + 1) * N]  # (N, C)
 
         slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K  # computed on the device
-        generator = torch.Generator(q.device).manual_seed(distributed.seed_of(self.seed, step, rank))
+        generator = torch.Generator(q.device).manual_seed(distributed.seed_of("negatives", self.seed, step, rank))
         logits = self.logits(q, k, slots, self.counts_at(epoch), generator)
         labels = torch.zeros(N, dtype=torch.long, device=q.device)
 
@@ -141,7 +141,7 @@ class SynCo(nn.Module):
         if any(counts):
             hard = hardest(similarity.detach(), self.n_hard)  # (N, n_hard)
             synthetic = synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator)  # (N, S, C)
-            columns.append((synthetic @ q[:, :, None]).squeeze(2))
+            columns.append(torch.bmm(q[:, None], synthetic.transpose(1, 2)).squeeze(1))  # (N, S)
         return torch.cat(columns, dim=1).div_(self.T)
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class SynCo(nn.Module):
         W, N = distributed.world_size(), im_k.shape[0]
         if W == 1 and self.bn_splits == 1:  # one batch, one set of statistics: its order is of no consequence
             return F.normalize(self.encoder_k(im_k), dim=1)
-        generator = torch.Generator().manual_seed(distributed.seed_of(self.seed, step))
+        generator = torch.Generator().manual_seed(distributed.seed_of("shuffle", self.seed, step))
         permutation = torch.randperm(W * N, generator=generator)  # the same in all processes
         shuffled = distributed.gather(F.normalize(self.encoder_k(distributed.shuffle(im_k, permutation)), dim=1))
         keys = torch.empty_like(shuffled)

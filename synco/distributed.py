@@ -3,8 +3,10 @@
 World size 1 and a CPU are ordinary cases: without a process group the collectives below act on one process.
 """
 
+import logging
 import os
 import sys
+import zlib
 from dataclasses import dataclass
 from urllib.parse import urlparse
 
@@ -27,9 +29,13 @@ class Process:
     device: torch.device = torch.device("cpu")
 
 
-def seed_of(*parts):
-    """One 63-bit seed from whole numbers >= 0 such as (seed, step, rank); every draw of a run comes from one."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+def seed_of(purpose, *parts):
+    """One 63-bit seed from a purpose (a word) and whole numbers >= 0, such as ("crops", seed, epoch, index).
+
+    Every draw of a run comes from such a seed, so it depends on nothing that ran before.
+    """
+    sequence = np.random.SeedSequence([zlib.crc32(purpose.encode()), *parts])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 # ---------------------------------------------------------------------------------------------- launching
@@ -155,6 +161,7 @@ def _spawn(worker, args, local_size, *, nodes, node):
         _report(error)
         sys.exit(2)
     url = f"tcp://localhost:{store.port}" if node == 0 else args.dist_url
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the worker's own line says what happened
     try:
         mp.spawn(_spawned, (worker, args, url, local_size, world, node), nprocs=local_size)
     except mp.ProcessExitedException as error:

@@ -100,7 +100,7 @@ class TwoCrops(Dataset):
         image, _ = self.dataset[index]
         # torchvision's transforms draw from torch's default generator: lend it this image's own seed
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(distributed.seed_of(self.seed, epoch, index))
+            torch.default_generator.manual_seed(distributed.seed_of("crops", self.seed, epoch, index))
             return self.transform(image), self.transform(image), index
 
 

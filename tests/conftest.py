@@ -1,0 +1,97 @@
+"""What the tests share: small data sets, the program run in this process, and real gloo processes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# main_synco on a network, queue and images small enough for many runs
+SMALL = (
+    "-a shufflenet_v2_x0_5 --img-size 32 -j 0 -b 8 --epochs 2 --warmup-epochs 1 --moco-k 64 --moco-dim 16 --mlp "
+    "--n-hard 16 --n1 4 --n2 3 --n3 2 --n4 2 --n5 2 --n6 1 --aug-plus --cos --seed 3 -p 2"
+).split()
+
+
+def make_images(folder, *, classes=3, images=8, size=40, seed=0):
+    """An ImageFolder of smooth colour noise: folder/cN/M.jpg."""
+    rng = np.random.default_rng(seed)
+    for c in range(classes):
+        os.makedirs(folder / f"c{c}", exist_ok=True)
+        for i in range(images):
+            coarse = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((size, size), Image.BICUBIC).save(folder / f"c{c}" / f"{i}.jpg")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A data folder with train (24 images) and val (7 images)."""
+    folder = tmp_path_factory.mktemp("data")
+    make_images(folder / "train", classes=3, images=8)
+    make_images(folder / "val", classes=3, images=2, seed=1)
+    make_images(folder / "val", classes=1, images=3, seed=2)
+    return str(folder)
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program("flags ...") runs main_synco in this process → (exit status, stdout, stderr)."""
+    import main_synco
+    from synco import distributed
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["main_synco.py", *map(str, flags)])
+        status = 0
+        capsys.readouterr()
+        try:
+            distributed.launch(main_synco.run, main_synco.parse)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def command(*words, env=None, timeout=300):
+    """Run a command from the repository's root → CompletedProcess with its texts."""
+    cleaned = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    words = [str(word) for word in words]
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    elif words[0].endswith(".py"):
+        words[:0] = [sys.executable]
+    return subprocess.run(
+        words, cwd=ROOT, env={**cleaned, **(env or {})}, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def _process(rank, world_size, port, function, args, results):
+    torch.set_num_threads(1)
+    store = dist.TCPStore("localhost", port, world_size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    results[rank] = function(rank, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def processes(world_size, function, *args):
+    """[function(rank, *args) of each of `world_size` real gloo processes]; function: of a test module's top level."""
+    store = dist.TCPStore("localhost", 0, world_size, is_master=True, wait_for_workers=False)
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_process, (world_size, store.port, function, args, results), nprocs=world_size)
+        return [results[rank] for rank in range(world_size)]

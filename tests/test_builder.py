@@ -1,0 +1,336 @@
+"""The model: its head, queue, logits, gradient and key encoder, against plain computations."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from synco.builder import (
+    SplitBatchNorm2d,
+    SynCo,
+    features,
+    head_name,
+    split_batch_norm,
+    torchvision_network,
+    update_ema,
+)
+from synco.negatives import hardest, synthesize
+
+FEW = {"n_hard": 8, "n1": 2, "n2": 2, "n3": 2, "n4": 1, "n5": 1, "n6": 1}
+
+
+def vectors(num_classes):
+    """A base encoder for vectors: inputs need not be images."""
+    return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, num_classes))
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    return SynCo(
+        vectors, **{"dim": 4, "K": 20, "m": 0.9, "T": 0.2, "mlp": False, "warmup_epochs": 0, **FEW, **settings}
+    )
+
+
+def test_defaults_are_the_published_ones():
+    model = SynCo(vectors)
+    assert (model.K, model.m, model.T, model.n_hard) == (65536, 0.999, 0.07, 1024)
+    assert model.counts == (256, 256, 256, 64, 64, 64) and model.warmup_epochs == 10
+    assert model.ranges == {"alpha": 0.5, "beta": 1.5, "gamma": 1.0, "sigma": 0.01, "delta": 0.01, "eta": 0.01}
+    assert model.queue.shape == (65536, 128) and model.queue_ptr.tolist() == [0]
+
+
+def test_a_fresh_queue_has_unit_rows():
+    """The reference normalises along the wrong axis, which leaves rows of norm 0.044."""
+    norms = SynCo(vectors, n_hard=1).queue.double().norm(dim=1)
+    assert (norms - 1).abs().max() < 1e-6
+
+
+def test_state_dict_names_are_the_published_ones():
+    model = SynCo(torchvision_network("resnet18", 32), K=64, n_hard=8)
+    names = set(model.state_dict())
+    resnet = set(torchvision.models.resnet18().state_dict()) - {"fc.weight", "fc.bias"}
+    resnet |= {"fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"}
+    assert names == {f"encoder_{x}.{name}" for x in "qk" for name in resnet} | {"queue", "queue_ptr"}
+    assert model.encoder_q.fc[0].weight.shape == (512, 512) and model.encoder_q.fc[2].weight.shape == (128, 512)
+    # the order that the published optimiser states rely on: the query encoder's parameters, then the key encoder's
+    order = [name for name, _ in model.named_parameters()]
+    assert order == sorted(order, key=lambda name: not name.startswith("encoder_q"))
+    linear = SynCo(torchvision_network("resnet18", 32), K=64, n_hard=8, mlp=False)
+    assert linear.encoder_q.fc.weight.shape == (128, 512)
+
+
+@pytest.mark.parametrize(
+    "arch, head, size",
+    [
+        ("resnet18", "fc", 32),
+        ("vgg11", "classifier.6", 32),
+        ("densenet121", "classifier", 32),
+        ("mobilenet_v3_small", "classifier.3", 32),
+        ("efficientnet_b0", "classifier.1", 32),
+        ("convnext_tiny", "classifier.2", 32),
+        ("regnet_y_400mf", "fc", 32),
+        ("mnasnet0_5", "classifier.1", 32),
+        ("googlenet", "fc", 32),
+        ("inception_v3", "fc", 96),
+        ("vit_b_16", "heads.head", 32),
+        ("swin_t", "head", 32),
+    ],
+)
+def test_the_head_is_found_by_what_it_is(arch, head, size):
+    network = torchvision_network(arch, size)(num_classes=12)
+    assert head_name(network, 12) == head
+    model = SynCo(torchvision_network(arch, size), 12, 16, n_hard=4, n1=1, n2=1, n3=1, n4=1, n5=1, n6=1)
+    images = torch.randn(2, 3, size, size)
+    logits, _ = model.eval()(images, images)
+    assert logits.shape == (2, 1 + 16 + 6)
+    width = model.encoder_q.get_submodule(head)[0].in_features
+    assert features(model.encoder_q, head, images).shape == (2, width)
+
+
+def test_a_network_without_a_linear_head_is_refused():
+    with pytest.raises(ValueError, match="SqueezeNet has no linear layer with 128 outputs"):
+        SynCo(torchvision_network("squeezenet1_1", 32))
+
+
+@pytest.mark.parametrize(
+    "setting, value, wanted",
+    [
+        ("dim", 0, ">= 1"),
+        ("K", 0, ">= 1"),
+        ("m", 1.5, r"in \[0, 1\]"),
+        ("m", -0.1, r"in \[0, 1\]"),
+        ("T", 0.0, "> 0"),
+        ("n_hard", 70000, r"in 1\.\.65536"),
+        ("n3", -1, ">= 0"),
+        ("sigma", -0.1, ">= 0"),
+        ("alpha", 0.0, r"in \(0, 1\]"),
+        ("alpha", 1.1, r"in \(0, 1\]"),
+        ("beta", 1.0, "> 1"),
+        ("gamma", 2.0, r"in \(0, 1\]"),
+        ("warmup_epochs", -1, ">= 0"),
+        ("bn_splits", 0, ">= 1"),
+        ("T", float("nan"), "> 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(setting, value, wanted):
+    with pytest.raises(ValueError, match=f"{setting} is {value}: must be {wanted}"):
+        SynCo(vectors, **{setting: value})
+
+
+def test_n_hard_may_be_smaller_than_the_counts():
+    """Rows are drawn with replacement, so the reference's check of n_hard against the counts is needless."""
+    model = small(n_hard=2, n1=30)
+    logits, _ = model(torch.randn(3, 6), torch.randn(3, 6))
+    assert logits.shape == (3, 1 + 20 + 30 + 7)
+
+
+def test_no_n_hard_is_asked_for_without_synthesis():
+    model = SynCo(vectors, 4, 20, n1=0, n2=0, n3=0, n4=0, n5=0, n6=0)  # n_hard stays 1,024, K is 20
+    assert model(torch.randn(3, 6), torch.randn(3, 6))[0].shape == (3, 21)
+
+
+def test_logits_equal_a_plain_computation():
+    model, im_q, im_k = small(seed=5), torch.randn(3, 6), torch.randn(3, 6)
+    queue, slow = model.queue.clone(), copy.deepcopy(model.encoder_k)
+    with torch.no_grad():
+        update_ema(slow, model.encoder_q, 0.9)
+        q = F.normalize(copy.deepcopy(model.encoder_q)(im_q), dim=1)
+        k = F.normalize(slow(im_k), dim=1)
+    logits, labels = model(im_q, im_k, step=7)
+
+    from synco.distributed import seed_of
+
+    generator = torch.Generator().manual_seed(seed_of("negatives", 5, 7, 0))
+    s = synthesize(q, queue, hardest(q @ queue.T, 8), model.counts, **model.ranges, generator=generator)
+    q, k, queue, s = (x.double().numpy() for x in (q, k, queue, s))
+    expected = np.concatenate([(q * k).sum(1, keepdims=True), q @ queue.T, np.einsum("nc,nsc->ns", q, s)], axis=1) / 0.2
+    np.testing.assert_allclose(logits.detach().numpy(), expected, atol=1e-5)
+    assert labels.tolist() == [0, 0, 0] and labels.dtype == torch.long
+
+
+def test_gradient_equals_that_of_constant_negatives():
+    """The head's own backward, after the enqueue, against autograd through a copy of the old queue; in float64."""
+    model = small(seed=5).double()
+    model.queue_ptr.fill_(18)  # the enqueue wraps around
+    im_q, im_k = torch.randn(2, 3, 6, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    model(im_q, im_k, step=1)[0].sum().backward()  # sum: every logit, replaced rows included, counts
+
+    old = twin.queue.clone()
+    q = F.normalize(twin.encoder_q(im_q), dim=1)
+    with torch.no_grad():
+        update_ema(twin.encoder_k, twin.encoder_q, 0.9)
+        k = F.normalize(twin.encoder_k(im_k), dim=1)
+        from synco.distributed import seed_of
+
+        g = torch.Generator().manual_seed(seed_of("negatives", 5, 1, 0))
+        s = synthesize(q, old, hardest(q @ old.T, 8), twin.counts, **twin.ranges, generator=g)
+    plain = torch.cat([(q * k).sum(1, keepdim=True), q @ old.T, (s @ q[:, :, None]).squeeze(2)], dim=1) / 0.2
+    plain.sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters()):
+        if name.startswith("encoder_k"):
+            assert ours.grad is None
+        else:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=1e-12)
+
+
+def test_backward_that_comes_too_late_is_an_error():
+    model = small()
+    first, _ = model(torch.randn(3, 6), torch.randn(3, 6))
+    model(torch.randn(3, 6), torch.randn(3, 6))
+    with pytest.raises(RuntimeError, match="backward before the next forward"):
+        first.sum().backward()
+
+
+def test_queue_is_first_in_first_out_and_wraps_around():
+    """K = 20 is not divisible by the batch of 6, which the reference refuses."""
+    model = small(n1=0, n2=0, n3=0, n4=0, n5=0, n6=0).eval()
+    expected, pointer = model.queue.clone(), 0
+    for step in range(9):
+        im_k = torch.randn(6, 6)
+        model(torch.randn(6, 6), im_k)
+        with torch.no_grad():
+            keys = F.normalize(model.encoder_k(im_k), dim=1)
+        for key in keys:
+            expected[pointer] = key
+            pointer = (pointer + 1) % 20
+        torch.testing.assert_close(model.queue, expected)
+        assert model.queue_ptr.tolist() == [pointer], step
+    with pytest.raises(ValueError, match="keys of a step are 21 and the queue has 20 rows"):
+        model(torch.randn(21, 6), torch.randn(21, 6))
+
+
+def test_key_encoder_is_the_moving_average():
+    model = small(m=0.75)
+    with torch.no_grad():
+        for p in model.encoder_q.parameters():
+            p.add_(torch.randn_like(p))
+    before = [p.clone() for p in model.encoder_k.parameters()]
+    statistics = model.encoder_k[1].running_mean.clone()
+    im_k = torch.randn(5, 6)
+    model(torch.randn(5, 6), im_k)
+    for old, slow, fast in zip(before, model.encoder_k.parameters(), model.encoder_q.parameters()):
+        torch.testing.assert_close(slow, 0.75 * old + 0.25 * fast)
+        assert not slow.requires_grad
+    # its BatchNorm statistics follow its own forward pass, not the query encoder's
+    inner = model.encoder_k[0](im_k).mean(0)
+    torch.testing.assert_close(model.encoder_k[1].running_mean, 0.9 * statistics + 0.1 * inner)
+
+
+def test_synthesis_begins_and_ends_at_its_epochs():
+    model = small(warmup_epochs=2, stop_epoch=4)
+    columns = {e: model(torch.randn(3, 6), torch.randn(3, 6), e)[0].shape[1] for e in (0, 1, 1.9, 2, 3.99, 4, 9, None)}
+    assert columns == {0: 21, 1: 21, 1.9: 21, 2: 30, 3.99: 30, 4: 21, 9: 21, None: 30}
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    def logits(seed, step, before=0):
+        model = small(seed=seed).eval()
+        torch.manual_seed(99)
+        im_q, im_k = torch.randn(3, 6), torch.randn(3, 6)
+        torch.rand(before)
+        return model(im_q, im_k, step=step)[0]
+
+    assert torch.equal(logits(1, 4), logits(1, 4, before=17))
+    assert not torch.equal(logits(1, 4), logits(1, 5))
+    assert not torch.equal(logits(1, 4), logits(2, 4))
+    model, images = small(), torch.randn(3, 6)
+    assert not torch.equal(model(images, images)[0][:, 21:], model(images, images)[0][:, 21:])  # unnamed steps differ
+
+
+class _CountReads(TorchDispatchMode):
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_from_the_device(monkeypatch):
+    """The reference reads the queue pointer and the loss back in every step."""
+    model, images = small(), torch.randn(3, 6)
+    for name in ("tolist", "numpy", "cpu", "item"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(f"Tensor.{name} was called"))
+    with _CountReads() as counter:
+        logits, labels = model(images, images, step=3)
+        F.cross_entropy(logits, labels).backward()
+    assert counter.reads == 0
+
+
+def test_synthesis_runs_no_autograd(monkeypatch):
+    """The reference calls autograd once for each negative of types 5 and 6."""
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("autograd.grad was called"))
+    monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: pytest.fail("autograd.backward was called"))
+    model, images = small(), torch.randn(3, 6)
+    model(images, images)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_split_batch_norm_equals_separate_ones(k):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 5, 5, requires_grad=True)
+    split = SplitBatchNorm2d(3, splits=k)
+    nn.init.normal_(split.weight), nn.init.normal_(split.bias)
+    norms = [nn.BatchNorm2d(3) for _ in range(k)]
+    for norm in norms:
+        norm.load_state_dict(split.state_dict())
+    twin = x.detach().clone().requires_grad_()
+    weights = torch.randn(8, 3, 5, 5)
+
+    for _ in range(3):
+        ours = split(x)
+        theirs = torch.empty_like(ours)
+        for s, norm in enumerate(norms):
+            theirs[s::k] = norm(twin[s::k])
+    torch.testing.assert_close(ours, theirs)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(split.weight.grad, sum(norm.weight.grad for norm in norms))
+    torch.testing.assert_close(split.running_mean, torch.stack([n.running_mean for n in norms]).mean(0))
+    torch.testing.assert_close(split.running_var, torch.stack([n.running_var for n in norms]).mean(0))
+    assert split.num_batches_tracked == 3
+
+    plain = nn.BatchNorm2d(3)
+    plain.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
+    with pytest.raises(ValueError, match=f"batch of 9 cannot be normalised in {k} equal splits|batch of 9"):
+        split.train()(torch.randn(9, 3, 5, 5))
+
+
+def test_split_batch_norm_replaces_every_batch_norm():
+    network = torchvision.models.resnet18()
+    names = list(network.state_dict())
+    split_batch_norm(network, 2)
+    kinds = {type(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kinds == {SplitBatchNorm2d} and list(network.state_dict()) == names
+    with pytest.raises(ValueError, match="has no BatchNorm2d"):
+        split_batch_norm(nn.Sequential(nn.Linear(2, 2)), 2)
+
+
+def images_only(num_classes):
+    return nn.Sequential(nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, num_classes))
+
+
+def test_with_splits_the_key_batch_is_permuted_in_one_process_too():
+    """Query and key would share their statistics otherwise; the keys come back in the images' order."""
+    torch.manual_seed(0)
+    model = SynCo(images_only, 4, 20, mlp=False, **FEW, bn_splits=2)
+    seen = []
+    model.encoder_k[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten().clone()))
+    im = torch.arange(8.0).view(8, 1, 1, 1)
+    model(im, im, step=0)
+    order = seen[0].long()
+    assert sorted(order.tolist()) == list(range(8)) and order.tolist() != list(range(8))
+    assert {frozenset(order[s::2].tolist()) for s in (0, 1)} != {frozenset({0, 2, 4, 6}), frozenset({1, 3, 5, 7})}
+
+    with torch.no_grad():
+        keys = torch.empty(8, 4)
+        twin = copy.deepcopy(model.encoder_k)
+        keys[order] = F.normalize(twin(im[order]), dim=1)
+    torch.testing.assert_close(model.queue[:8], keys)

@@ -1,0 +1,414 @@
+"""The shell scripts: their style, the commands that they start, and what they do to files."""
+
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted((ROOT / "scripts").glob("**/*.sh"))
+EXTRACT = ROOT / "scripts" / "extract_imagenet.sh"
+
+# facts of the papers: method → the counts n_hard, n1 ... n6
+COUNTS = {
+    "synco": (1024, 256, 256, 256, 64, 64, 64),
+    "mochi": (1024, 128, 0, 1024, 0, 0, 0),  # (N, s, s') = (1024, 1024, 128): s mixes of two rows, s' with the query
+    "mocov2": (1024, 0, 0, 0, 0, 0, 0),
+}
+RUNS = [(method, epochs) for method in COUNTS for epochs in (200, 800)]
+
+
+def bash(script, *words, cwd, first_on_path=None, **env):
+    """Run a script → CompletedProcess; programs in the folder `first_on_path` go before all others."""
+    path = os.pathsep.join([str(first_on_path)] * (first_on_path is not None) + [os.environ["PATH"]])
+    return subprocess.run(
+        ["bash", str(script), *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def program(folder, name, text):
+    """Write an executable shell program."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+    return folder
+
+
+def tree(folder):
+    """{path: bytes, or None for a folder} of everything in a folder."""
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in folder.rglob("*")}
+
+
+# ------------------------------------------------------------------------------------------------------- all scripts
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_style(script):
+    text = script.read_text()
+    assert text.startswith(("#!/usr/bin/env bash\n", "#!/bin/bash\n"))
+    assert "\nset -euo pipefail\n" in text
+    assert os.access(script, os.X_OK)
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_no_path_of_some_machine(script):
+    """A path that starts at the root of the file system or at a home folder; "$folder"/data is none."""
+    text = script.read_text()
+    for allowed in ("/usr/bin/env bash", "/bin/bash", "/dev/null", "/dev/stderr"):
+        text = text.replace(allowed, "")
+    top = "home Users root data datasets mnt media scratch work workspace tmp opt srv usr var private gpfs nfs lustre"
+    found = re.findall(rf'(?<![\w.}})])(?<!\w")(?:/(?:{"|".join(top.split())})\b|~\w*/)\S*', text)
+    assert not found
+
+
+def test_every_published_run_has_a_script():
+    assert {f"pretrain_{method}_r50_{epochs}ep.sh" for method, epochs in RUNS} <= {path.name for path in SCRIPTS}
+
+
+# ------------------------------------------------------------------------------------------------------- pretraining
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """started(method, epochs, words ...) runs a script whose torchrun is a stub, and parses the flags that it gets as
+    main_synco does → (torchrun's own flags, args)."""
+    import main_synco
+
+    stub = program(tmp_path / "bin", "torchrun", "pwd; printf '%s\\n' \"$@\"")
+    (tmp_path / "elsewhere").mkdir()
+
+    def start(method, epochs, *words, **env):
+        script = ROOT / "scripts" / f"pretrain_{method}_r50_{epochs}ep.sh"
+        done = bash(script, *words, cwd=tmp_path / "elsewhere", first_on_path=stub, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        where, *got = done.stdout.splitlines()
+        assert os.path.samefile(where, tmp_path / "elsewhere")  # so that relative paths keep their meaning
+        program_at = next(i for i, word in enumerate(got) if word.endswith("main_synco.py"))
+        assert os.path.samefile(tmp_path / "elsewhere" / got[program_at], ROOT / "main_synco.py")
+        monkeypatch.setattr(sys, "argv", ["main_synco.py", *got[program_at + 1 :]])
+        return got[:program_at], main_synco.parse()
+
+    monkeypatch.delenv("NPROC", raising=False)
+    return start
+
+
+@pytest.mark.parametrize("method, epochs", RUNS)
+def test_recipe(started, method, epochs):
+    launcher, args = started(method, epochs, "my images/imagenet")
+    assert launcher == ["--standalone", "--nproc-per-node", "8"]
+    assert (args.arch, args.epochs, args.lr, args.batch_size) == ("resnet50", epochs, 0.03, 256)
+    assert (args.momentum, args.weight_decay) == (0.9, 1e-4)
+    assert (args.moco_dim, args.moco_k, args.moco_m, args.moco_t) == (128, 65536, 0.999, 0.2)
+    assert args.mlp and args.aug_plus and args.cos
+    assert (args.n_hard, *(getattr(args, f"n{i}") for i in range(1, 7))) == COUNTS[method]
+    assert (args.warmup_epochs, args.cooldown_epochs) == (10, 0)
+    assert (args.resume, args.data) == ("auto", "my images/imagenet")
+    assert args.save_dir == f"runs/{method}_r50_{epochs}ep"
+
+
+@pytest.mark.parametrize("method, epochs", RUNS)
+def test_own_folder_and_flags(started, method, epochs):
+    extra = ["--epochs", 3, "--n1", 7, "--resume", "", "--schedule", 1, 2]
+    launcher, args = started(method, epochs, "imagenet", "../my run", *extra, NPROC="2")
+    assert launcher == ["--standalone", "--nproc-per-node", "2"]
+    assert (args.data, args.save_dir) == ("imagenet", "../my run")
+    assert (args.epochs, args.n1, args.resume, args.schedule) == (3, 7, "", [1, 2])
+    assert (args.n2, args.n3) == COUNTS[method][2:4]  # the others stay
+
+
+def test_flags_without_a_save_folder(started):
+    _, args = started("synco", 200, "imagenet", "--keep", 2)
+    assert (args.data, args.save_dir, args.keep) == ("imagenet", "runs/synco_r50_200ep", 2)
+
+
+@pytest.mark.parametrize("method, epochs", RUNS)
+@pytest.mark.parametrize("words", [[], ["--keep", "2"]], ids=["nothing", "flags only"])
+def test_no_data_folder(tmp_path, method, epochs, words):
+    stub = program(tmp_path / "bin", "torchrun", "echo started")
+    script = ROOT / "scripts" / f"pretrain_{method}_r50_{epochs}ep.sh"
+    done = bash(script, *words, cwd=tmp_path, first_on_path=stub)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert script.name in done.stderr and "IMAGENET" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- extract_imagenet
+
+CLASSES = {name: [f"{name}_{i}.JPEG" for i in (7, 12, 301)] for name in ("n01440764", "n01751748")}
+LABELS = {
+    "ILSVRC2012_val_00000001.JPEG": "n01751748",
+    "ILSVRC2012_val_00000002.JPEG": "n01440764",
+    "ILSVRC2012_val_00000003.JPEG": "n01751748",
+}
+
+
+def content(name):
+    """Bytes that no other image has, across several tar blocks."""
+    return name.encode() * 100
+
+
+def tar(files, mode="w"):
+    """{name: bytes} → an archive's bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.uid, entry.uname = len(data), 54321, "someone"
+            archive.addfile(entry, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def label_lines(labels):
+    return "".join(f"{image} {wnid}\n" for image, wnid in labels.items())
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A folder with the two archives and the labels, small."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    inner = {f"{wnid}.tar": tar({name: content(name) for name in names}) for wnid, names in CLASSES.items()}
+    (folder / "train.tar").write_bytes(tar(inner))
+    (folder / "val.tar").write_bytes(tar({name: content(name) for name in LABELS}))
+    (folder / "labels.txt").write_text(label_lines(LABELS))
+    return folder
+
+
+EXPECTED = {f"train/{wnid}/{name}": content(name) for wnid, names in CLASSES.items() for name in names} | {
+    f"val/{wnid}/{name}": content(name) for name, wnid in LABELS.items()
+}
+WORDS = ("train.tar", "val.tar", "out", "labels.txt")
+
+
+def files(folder):
+    return {path: data for path, data in tree(folder).items() if data is not None}
+
+
+@pytest.mark.parametrize("kind", ["tar", "gtar", "bsdtar"])
+def test_extract(given, tmp_path, kind):
+    found = shutil.which(kind)
+    if not found:
+        pytest.skip(f"no {kind} here")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tar").symlink_to(found)
+    before = tree(given)
+    done = bash(EXTRACT, *WORDS, cwd=given, first_on_path=tmp_path / "bin")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["out/train: 6 images", "out/val: 3 images"]
+    warnings = done.stderr.splitlines()
+    assert len(warnings) == 2 and "1281167" in warnings[0] and "50000" in warnings[1]
+    assert files(given / "out") == EXPECTED
+    assert sorted(os.listdir(given / "out")) == ["train", "val"]  # the temporary folder is gone
+    assert {path: data for path, data in tree(given).items() if not path.startswith("out")} == before
+    assert all(path.stat().st_uid == os.getuid() for path in (given / "out").rglob("*"))
+
+    before = tree(given)
+    again = bash(EXTRACT, *WORDS, cwd=given, first_on_path=tmp_path / "bin")
+    assert (again.returncode, again.stdout, again.stderr.count("\n")) == (2, "", 1)
+    assert "out/train" in again.stderr
+    assert tree(given) == before
+
+
+def test_extract_beside_other_files(given, tmp_path):
+    """Spaces in the paths; empty target folders, one of them a link; and a file that was there before."""
+    out = tmp_path / "my images"
+    (out / "val").mkdir(parents=True)
+    (tmp_path / "disk").mkdir()
+    (out / "train").symlink_to(tmp_path / "disk")
+    (out / "notes.txt").write_text("mine")
+    (given / "labels.txt").write_text(label_lines(LABELS).replace("\n", "\r\n"))
+    done = bash(EXTRACT, *(given / name for name in WORDS[:2]), out, given / "labels.txt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {f"train/{path}": data for path, data in files(tmp_path / "disk").items()} | {
+        path: data for path, data in files(out).items() if path.startswith("val")
+    } == EXPECTED
+    assert (out / "notes.txt").read_text() == "mine" and (out / "train").is_symlink()
+    assert sorted(os.listdir(out)) == ["notes.txt", "train", "val"]
+
+
+def _swap(given):
+    (given / "train.tar").rename(given / "x.tar")
+    (given / "val.tar").rename(given / "train.tar")
+    (given / "x.tar").rename(given / "val.tar")
+
+
+def _occupy(path):
+    path.mkdir(parents=True)
+    (path / "mine.txt").write_text("mine")
+
+
+WRONG = {
+    "no train archive": (lambda given: (given / "train.tar").unlink(), "train.tar"),
+    "no val archive": (lambda given: (given / "val.tar").unlink(), "val.tar"),
+    "no labels": (lambda given: (given / "labels.txt").unlink(), "labels.txt"),
+    "train is no tar": (lambda given: (given / "train.tar").write_bytes(b"GIF89a" * 500), "train.tar"),
+    "val is no tar": (lambda given: (given / "val.tar").write_text("<html>not found</html>"), "val.tar"),
+    "val is empty": (lambda given: (given / "val.tar").write_bytes(b""), "val.tar"),
+    "val is cut": (lambda given: (given / "val.tar").write_bytes((given / "val.tar").read_bytes()[:5000]), "val.tar"),
+    "train given twice": (
+        lambda given: (given / "val.tar").write_bytes((given / "train.tar").read_bytes()),
+        "'n01440764.tar', not images",
+    ),
+    "swapped": (_swap, "'ILSVRC2012_val_00000001.JPEG', not class archives"),
+    "an image without label": (
+        lambda given: (given / "labels.txt").write_text(label_lines(dict(list(LABELS.items())[:2]))),
+        "ILSVRC2012_val_00000003.JPEG",
+    ),
+    "a label without class": (
+        lambda given: (given / "labels.txt").write_text("\n".join(LABELS)),
+        "ILSVRC2012_val_00000001.JPEG",
+    ),
+    "an unknown class": (
+        lambda given: (given / "labels.txt").write_text(label_lines(LABELS).replace("n01440764", "../../away")),
+        "../../away",
+    ),
+    "train is there": (lambda given: _occupy(given / "out" / "train"), "out/train"),
+    "val is there": (lambda given: _occupy(given / "out" / "val"), "out/val"),
+    "a file in the way": (lambda given: (given / "out").write_text("mine"), "out"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_extract_refuses(given, case):
+    spoil, named = WRONG[case]
+    spoil(given)
+    before = tree(given)
+    done = bash(EXTRACT, *WORDS, cwd=given)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert named in done.stderr
+    assert tree(given) == before
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+def test_extract_usage(given, count):
+    before = tree(given)
+    done = bash(EXTRACT, *(WORDS + ("more",))[:count], cwd=given)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "VAL_LABELS" in done.stderr and "ILSVRC2012_devkit_t12.tar.gz" in done.stderr
+    assert tree(given) == before
+
+
+def test_extract_damaged_class(given):
+    """What only the unpacking shows leaves neither half a data set nor the temporary folder."""
+    inner = {"n01440764.tar": tar({"n01440764_7.JPEG": b"x"}), "n01751748.tar": b"GIF89a" * 500}
+    (given / "train.tar").write_bytes(tar(inner))
+    done = bash(EXTRACT, *WORDS, cwd=given)
+    assert done.returncode == 2
+    assert "n01751748.tar cannot be unpacked" in done.stderr.splitlines()[-1]
+    assert os.listdir(given / "out") == []
+
+
+def test_extract_interrupted(given, tmp_path):
+    """A signal in the midst of the work: the temporary folder goes, and the same command works afterwards."""
+    stub = program(
+        tmp_path / "bin", "tar", f'case $1 in -xOf) kill -TERM $PPID;; esac\nexec {shutil.which("tar")} "$@"'
+    )
+    done = bash(EXTRACT, *WORDS, cwd=given, first_on_path=stub)
+    assert done.returncode != 0
+    assert os.listdir(given / "out") == []
+    assert bash(EXTRACT, *WORDS, cwd=given).returncode == 0
+    assert files(given / "out") == EXPECTED
+
+
+def make_devkit(path, scipy_io):
+    """The parts of ILSVRC2012's devkit that matter: class numbers in order, and in a .mat their WordNet ids."""
+    import numpy as np
+
+    # numbers in no order, and as in the real file an inner node of the tree after the leaves
+    rows = [(2, "n01751748", "sea snake", 0), (1, "n01440764", "tench", 0), (1001, "n00001740", "entity", 2)]
+    synsets = np.empty((3, 1), dtype=[(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "num_children")])
+    for i, row in enumerate(rows):
+        synsets[i, 0] = row
+    meta = io.BytesIO()
+    scipy_io.savemat(meta, {"synsets": synsets})
+    root = "ILSVRC2012_devkit_t12"
+    entries = {
+        f"{root}/readme.txt": b"read me",
+        f"{root}/data/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n2\n",
+        f"{root}/data/meta.mat": meta.getvalue(),
+    }
+    path.write_bytes(tar(entries, "w:gz"))
+
+
+def test_extract_with_the_devkit(given):
+    make_devkit(given / "devkit.tar.gz", pytest.importorskip("scipy.io"))
+    done = bash(EXTRACT, *WORDS[:3], "devkit.tar.gz", cwd=given)
+    assert done.returncode == 0, done.stderr
+    assert files(given / "out") == EXPECTED
+
+
+def test_extract_with_something_else_as_devkit(given):
+    pytest.importorskip("scipy.io")
+    (given / "devkit.tar.gz").write_bytes((given / "val.tar").read_bytes())
+    done = bash(EXTRACT, *WORDS[:3], "devkit.tar.gz", cwd=given)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "devkit.tar.gz" in done.stderr
+    assert not (given / "out").exists()
+
+
+def test_extract_with_the_devkit_without_scipy(given, tmp_path):
+    (given / "devkit.tar.gz").write_bytes(tar({}, "w:gz"))
+    stub = program(tmp_path / "bin", "python3", "exit 1")
+    done = bash(EXTRACT, *WORDS[:3], "devkit.tar.gz", cwd=given, first_on_path=stub)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "scipy" in done.stderr
+    assert not (given / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- make_demo_patches
+
+
+def test_demo_patches(tmp_path, monkeypatch, capsys):
+    """Training patches hold no pixel of a photograph's right quarter, held-out patches nothing else."""
+    pytest.importorskip("skimage")
+    import numpy as np
+    from PIL import Image
+
+    spec = importlib.util.spec_from_file_location("make_demo_patches", ROOT / "scripts" / "make_demo_patches.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    read = Image.open
+
+    class Extremes:
+        """Draws the smallest pair of numbers, then the largest, and so on: the corners of what is allowed."""
+
+        def __init__(self, seed):
+            self.drawn = 0
+
+        def integers(self, low, high):
+            self.drawn += 1
+            return high - 1 if (self.drawn - 1) // 2 % 2 else low
+
+    def marked(path):
+        """In place of a photograph: black, and its right quarter white."""
+        width, height = read(path).size
+        right = np.arange(width) >= 3 * width // 4
+        return Image.fromarray(np.tile(np.uint8(255) * right, (height, 1)))
+
+    monkeypatch.setattr(sys, "argv", ["make_demo_patches.py", str(tmp_path), "--train", "3", "--val", "2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Image, "open", marked)
+        patch.setattr(module.np.random, "default_rng", Extremes)
+        module.main()
+    capsys.readouterr()
+    assert sorted(os.listdir(tmp_path)) == ["train", "val"]
+    for split, count, colour in (("train", 3, 0), ("val", 2, 255)):
+        classes = sorted(os.listdir(tmp_path / split))
+        assert len(classes) == 16
+        assert all(len(os.listdir(tmp_path / split / name)) == count for name in classes)
+        for path in (tmp_path / split).rglob("*.jpg"):
+            patch = np.asarray(read(path))
+            assert patch.shape == (48, 48, 3)
+            assert np.all(patch == colour), path
