@@ -27,7 +27,6 @@ import time
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.nn.parallel import DistributedDataParallel
 
 from synco import checkpoint, distributed, knn, loader, metrics, options
 from synco.builder import SynCo, features, torchvision_network
@@ -82,7 +81,9 @@ def parse():
     if args.sync_bn and args.bn_splits > 1:
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
     if args.overwrite and args.resume == "auto":
-        raise UserError("--overwrite starts anew and --resume auto goes on; give one of the two")
+        raise UserError(
+            "--overwrite starts anew and --resume auto goes on; give one (--resume '' takes a script's back)"
+        )
     return args
 
 
@@ -167,11 +168,7 @@ def run(process, args):
     log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
 
     # training
-    learner = model
-    if torch.distributed.is_initialized():
-        learner = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+    learner = distributed.parallel(model, device)
 
     def evaluate(epoch):
         parts = (model.encoder_q, model.head, bank, queries, device)

@@ -18,8 +18,8 @@ from synco.metrics import read_log
 
 found = {line["epoch"]: line["top1"] for line in read_log(sys.argv[1]) if line["kind"] == "knn"}
 print()
-print(f"kNN accuracy at random initialisation  {found[min(found)]:5.1f} %")
-print(f"kNN accuracy after {max(found):2} epochs             {found[max(found)]:5.1f} %   (16 classes: chance is 6.2 %)")
+print(f"kNN accuracy at random initialisation: {found[min(found)]:.1f} % (16 classes: chance is 6.2 %)")
+print(f"kNN accuracy after {max(found)} epochs: {found[max(found)]:.1f} %")
 PY
 cat <<END
 

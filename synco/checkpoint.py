@@ -4,10 +4,16 @@ import glob
 import os
 import pickle
 import re
+import struct
 
 import torch
 
 from synco.options import UserError
+
+# what torch, zipfile and pickle raise on files that are truncated or of another kind
+DAMAGED = (
+    OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, struct.error,
+)  # fmt: skip
 
 PREFIX = "module."  # what DistributedDataParallel writes, and what the published tools expect
 
@@ -37,8 +43,7 @@ def load(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
-    # what zipfile, pickle and torch raise on files that are truncated or of another kind
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: not a whole checkpoint file ({_first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'state_dict'")

@@ -3,6 +3,7 @@
 World size 1 and a CPU are ordinary cases: without a process group the collectives below act on one process.
 """
 
+import inspect
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
 from synco.options import UserError, usable_cpus
 
@@ -212,6 +214,21 @@ def _report(error):
     # An error that comes from a loader worker carries that worker's traceback: its last line is the error's own.
     line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
     print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+
+
+def parallel(module, device):
+    """The module under DistributedDataParallel, or itself in a single process.
+
+    Buffers are not sent around in each step: the queue is the same everywhere by construction, and BatchNorm's
+    statistics are made equal where they are read, see `share_buffers`.
+    """
+    if not dist.is_initialized():
+        return module
+    names = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # renamed in torch 2.15
+    return DistributedDataParallel(
+        module, device_ids=[device.index] if device.type == "cuda" else None, **{sync: False}
+    )
 
 
 # --------------------------------------------------------------------------------------------- collectives

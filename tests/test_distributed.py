@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, processes
-from torch.nn.parallel import DistributedDataParallel
 
 from synco import distributed
 from synco.builder import SynCo, update_ema
@@ -69,7 +68,7 @@ def _train(rank, batch, steps, evaluating):
     torch.manual_seed(0)
     model = SynCo(encoder, 4, 4 * W * batch + 3, 0.9, 0.2, False, **FEW, seed=1)
     model.train(not evaluating)
-    learner = DistributedDataParallel(model, broadcast_buffers=False)
+    learner = distributed.parallel(model, torch.device("cpu"))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     seen = []
     model.encoder_k[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))

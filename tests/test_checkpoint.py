@@ -1,0 +1,214 @@
+"""Checkpoint files: the published formats, written whole or not at all, and never executed."""
+
+import copy
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from synco import checkpoint
+from synco.builder import SynCo, torchvision_network
+from synco.options import UserError
+
+FEW = {"n_hard": 8, "n1": 2, "n2": 2, "n3": 2, "n4": 1, "n5": 1, "n6": 1}
+
+
+def resnet(seed=0, K=48):
+    torch.manual_seed(seed)
+    model = SynCo(torchvision_network("resnet18", 32), 16, K, mlp=True, **FEW)
+    return model, torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
+
+
+def step(model, optimizer):
+    g = torch.Generator().manual_seed(5)
+    logits, labels = model(*torch.randn(2, 4, 3, 32, 32, generator=g), step=0)
+    optimizer.zero_grad()
+    F.cross_entropy(logits, labels).backward()
+    optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def published():
+    """A checkpoint in the reference's format, put together from facts about the format and not by `save`."""
+    model, optimizer = resnet()
+    step(model, optimizer)
+    content = {
+        "epoch": 7,
+        "arch": "resnet18",
+        "state_dict": {"module." + name: value.clone() for name, value in model.state_dict().items()},
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+    }
+    return content, model, optimizer
+
+
+def test_names_and_keys_are_the_published_ones(published):
+    content, model, optimizer = published
+    names = list(checkpoint.prefixed(model))
+    assert all(name.startswith(("module.encoder_q.", "module.encoder_k.", "module.queue")) for name in names)
+    assert {"module.encoder_q.conv1.weight", "module.encoder_k.fc.2.bias", "module.queue", "module.queue_ptr"} < set(
+        names
+    )
+    assert content["state_dict"]["module.queue"].shape == (48, 16)
+    state = optimizer.state_dict()
+    assert len(state["param_groups"]) == 1 and len(state["param_groups"][0]["params"]) == 128
+    assert sorted(state["state"]) == list(range(64))  # momentum for the query encoder's parameters alone
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("moco_queue", [True, False])
+def test_the_references_checkpoint_resumes_with_its_optimizer(published, tmp_path, prefix, moco_queue):
+    content, trained, trained_optimizer = published
+    state = content["state_dict"] if prefix else checkpoint.unprefixed(content["state_dict"])
+    if moco_queue:  # MoCo's queue is (C, K)
+        name = "module.queue" if prefix else "queue"
+        state = {**state, name: state[name].T.contiguous()}
+    path = str(tmp_path / "checkpoint_0006.pth.tar")
+    torch.save({**content, "state_dict": state}, path)
+
+    model, optimizer = resnet(seed=1)
+    optimizer.param_groups[0]["weight_decay"] = 5e-4
+    assert checkpoint.resume(checkpoint.load(path), path, model, optimizer, "resnet18") == 7
+    assert same(model, trained)
+    assert optimizer.param_groups[0]["weight_decay"] == 5e-4  # the command line's, not the file's
+    twin, twin_optimizer = copy.deepcopy((trained, trained_optimizer))
+    twin_optimizer.param_groups[0]["weight_decay"] = 5e-4
+    step(model, optimizer)
+    step(twin, twin_optimizer)
+    assert same(model, twin)  # the momentum came along
+
+
+@pytest.mark.parametrize("old_format", [True, False])
+def test_moco_published_weights_load(tmp_path, old_format):
+    """MoCo's published files: the query encoder alone, in torch's format of 2020."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=128)
+    path = str(tmp_path / "moco_v1_200ep_pretrain.pth.tar")
+    state = {f"module.encoder_q.{name}": value for name, value in network.state_dict().items()}
+    content = {"epoch": 200, "arch": "resnet18", "state_dict": state}
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    assert zipfile.is_zipfile(path) != old_format
+    found = checkpoint.backbone(checkpoint.load(path), path)
+    backbone = {name: w for name, w in network.state_dict().items() if not name.startswith("fc.")}
+    assert found.keys() == backbone.keys() and all(torch.equal(found[name], backbone[name]) for name in backbone)
+    model, optimizer = resnet()
+    with pytest.raises(UserError, match="cannot|has no optimizer"):
+        checkpoint.resume(checkpoint.load(path), path, model, optimizer, "resnet18")
+
+
+def test_backbone_needs_a_query_encoder(published):
+    content, model, _ = published
+    found = checkpoint.backbone(content, "x")
+    assert set(found) == {n for n in torchvision.models.resnet18().state_dict() if not n.startswith("fc.")}
+    with pytest.raises(UserError, match="x: not a pretraining checkpoint: it has no encoder_q"):
+        checkpoint.backbone({"state_dict": torchvision.models.resnet18().state_dict()}, "x")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"arch": "resnet50"}, "is a checkpoint of 'resnet50'; --arch is 'resnet18'"),
+        ({"optimizer": None}, "its optimizer state does not fit"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "its optimizer state does not fit"),
+        ({"epoch": "seven"}, "its epoch is 'seven'"),
+        ({"epoch": -1}, "its epoch is -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(published, change, message):
+    content, _, _ = published
+    model, optimizer = resnet(seed=1)
+    before = copy.deepcopy(model)
+    with pytest.raises(UserError, match=message):
+        checkpoint.resume({**content, **change}, "x.pth.tar", model, optimizer, "resnet18")
+    assert same(model, before) and not optimizer.state
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named(published):
+    content, _, _ = published
+    model, optimizer = resnet(seed=1, K=96)
+    with pytest.raises(UserError, match=r"module|queue is \(48, 16\) and should be \(96, 16\)"):
+        checkpoint.resume(content, "x", model, optimizer, "resnet18")
+    state = dict(content["state_dict"])
+    del state["module.encoder_q.conv1.weight"]
+    state["module.extra"] = torch.zeros(1)
+    model, optimizer = resnet(seed=1)
+    with pytest.raises(UserError, match="encoder_q.conv1.weight is missing; extra is unknown"):
+        checkpoint.resume({**content, "state_dict": state}, "x", model, optimizer, "resnet18")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_hostile_and_foreign_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "x": Hostile()}, "hostile.pth.tar")
+    torch.save({"state_dict": {}, "x": Hostile()}, "old.pth.tar", _use_new_zipfile_serialization=False)
+    with open("pickle.pth.tar", "wb") as file:
+        pickle.dump({"state_dict": {}, "x": Hostile()}, file)
+    for name in ("hostile", "old", "pickle"):
+        with pytest.raises(UserError, match=f"{name}.pth.tar: not a"):
+            checkpoint.load(f"{name}.pth.tar")
+    assert not os.path.exists("executed")
+    torch.save([1, 2], "list.pth.tar")
+    torch.save({"state_dict": {"w": 3}}, "number.pth.tar")
+    with open("text.pth.tar", "w") as file:
+        file.write("hello\n" * 100)
+    open("empty.pth.tar", "w").close()
+    with zipfile.ZipFile("zip.pth.tar", "w") as file:
+        file.writestr("a.txt", "a")
+    for name in ("list", "number", "text", "empty", "zip"):
+        with pytest.raises(UserError, match=f"{name}.pth.tar: ") as error:
+            checkpoint.load(f"{name}.pth.tar")
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="none.pth.tar: no such checkpoint file"):
+        checkpoint.load("none.pth.tar")
+
+
+@pytest.mark.parametrize("old_format", [True, False])
+def test_truncated_files_are_refused(tmp_path, old_format):
+    whole = str(tmp_path / "whole.pth.tar")
+    state = {f"w{i}": torch.randn(50) for i in range(6)}
+    torch.save({"epoch": 1, "state_dict": state}, whole, _use_new_zipfile_serialization=not old_format)
+    content = open(whole, "rb").read()
+    for length in range(0, len(content) - 1, max(1, len(content) // 60)):
+        path = str(tmp_path / "cut.pth.tar")
+        with open(path, "wb") as file:
+            file.write(content[:length])
+        with pytest.raises(UserError, match="cut.pth.tar: not a"):
+            checkpoint.load(path)
+
+
+def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = str(tmp_path / "checkpoint_0000.pth.tar")
+    checkpoint.save({"state_dict": {"w": torch.ones(3)}}, path)
+    first = open(path, "rb").read()
+
+    class Unwritable:
+        def __reduce__(self):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save({"state_dict": {"w": torch.ones(1000)}, "x": Unwritable()}, path)
+    assert open(path, "rb").read() == first and os.listdir(tmp_path) == ["checkpoint_0000.pth.tar"]
+
+    order = []
+    monkeypatch.setattr(os, "fsync", lambda fd, real=os.fsync: (order.append("fsync"), real(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (order.append("replace"), real(a, b)))
+    checkpoint.save({"state_dict": {"w": torch.zeros(3)}}, path)
+    assert order == ["fsync", "replace"]
+
+
+def test_numbered_sorts_by_number_and_ignores_other_files(tmp_path):
+    for name in ("0002", "0010", "0001", "12345", "lincls", "002", "0003.pth.tar"):
+        (tmp_path / f"checkpoint_{name}.pth.tar").touch()
+    assert [number for number, _ in checkpoint.numbered(str(tmp_path))] == [1, 2, 10, 12345]
+    assert checkpoint.numbered(str(tmp_path / "none")) == []

@@ -1,0 +1,348 @@
+"""The program as a user runs it: whole runs, resumed runs, several processes, and bad input."""
+
+import json
+import math
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL, command, make_images
+
+import main_synco
+from synco import checkpoint, metrics
+
+
+def final(folder, epoch=1):
+    return checkpoint.load(os.path.join(folder, f"checkpoint_{epoch:04d}.pth.tar"))
+
+
+def equal(a, b):
+    """Two checkpoints hold the same weights, queue and optimiser, bit for bit."""
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    same = all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+    momentum = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values())
+    return same and all(torch.equal(x["momentum_buffer"], y["momentum_buffer"]) for x, y in momentum)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """A run of two epochs through the real command line → (folder, CompletedProcess)."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return folder, command("main_synco.py", *SMALL, "--knn-freq", "1", "--save-dir", folder, data)
+
+
+def test_a_run(undisturbed, data):
+    folder, run = undisturbed
+    assert run.returncode == 0 and run.stderr == ""
+    for fact in (
+        "SynCo: 14 synthetic negatives a query (4 interpolated, 3 extrapolated, 2 mixed, 2 noisy, 2 perturbed, "
+        "1 adversarial), made from the 16 hardest of 64 queue rows, in epochs 1 to 1",
+        "device             cpu",
+        "world size         1",
+        "batch per process  8",
+        "global batch       8",
+        "steps per epoch    3",
+        "seed               3",
+    ):
+        assert fact in run.stdout
+    lines = [line for line in run.stdout.splitlines() if line.startswith("Epoch")]
+    assert len(lines) == 4  # two print steps in each epoch of three steps
+    pattern = r"Epoch 1 \[3/3\]  loss \d+\.\d+  acc@1 .* images/s  data \d+%  ETA 0:00:00"
+    assert re.fullmatch(pattern, lines[-1])
+    assert [line for line in run.stdout.splitlines() if line.startswith("kNN after")] == [
+        line for line in run.stdout.splitlines() if re.fullmatch(r"kNN after [012] epochs: \d+\.\d\d %", line)
+    ]
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 3 and config["global_batch"] == 8 and config["method"].startswith("SynCo")
+    assert (
+        config["command"].startswith("main_synco.py -a shufflenet") and config["versions"]["torch"] == torch.__version__
+    )
+    content = final(folder)
+    assert content["epoch"] == 2 and content["arch"] == "shufflenet_v2_x0_5" and content["step"] == 6
+    assert all(name.startswith("module.") for name in content["state_dict"])
+    assert sorted(os.path.basename(path) for _, path in checkpoint.numbered(str(folder))) == [
+        "checkpoint_0000.pth.tar",
+        "checkpoint_0001.pth.tar",
+    ]
+    assert content["state_dict"]["module.queue_ptr"].item() == 6 * 8 % 64
+
+
+def test_the_log_shows_what_makes_a_negative_hard(undisturbed):
+    folder, _ = undisturbed
+    lines = metrics.read_log(folder / "log.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("knn", 0), ("train", 1), ("train", 3), ("knn", 3), ("train", 4), ("train", 6), ("knn", 6)
+    ]  # fmt: skip
+    before, after = lines[1], lines[-2]
+    kinds = {"interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial"}
+    assert {name.split("/")[1] for name in before if "/" in name} == {"positive", "queue", "hardest"}
+    assert {name.split("/")[1] for name in after if "/" in name} == {"positive", "queue", "hardest"} | kinds
+    assert {"loss", "acc1", "acc5", "acc1_real", "lr", "images_per_second", "data_share"} <= set(after)
+    assert after["similarity/interpolated"] > after["similarity/hardest"] > after["similarity/queue"]
+    assert math.isclose(sum(after[f"mass/{name}"] for name in kinds | {"positive", "queue"}), 1, abs_tol=1e-4)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "train/lr", "knn/top1", "train/mass/noisy"} <= set(board.Tags()["scalars"])
+    assert board.Tags()["images"] == ["pairs"]
+    last = {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    assert {e.step: pytest.approx(e.value) for e in board.Scalars("train/loss")} == last
+
+
+def test_loss_and_learning_rate_are_the_recipes(undisturbed):
+    folder, _ = undisturbed
+    rates = {line["epoch"]: line["lr"] for line in metrics.read_log(folder / "log.jsonl") if line["kind"] == "train"}
+    assert rates == {0: 0.03, 1: pytest.approx(0.015)}
+
+    class Args:
+        lr, cos, schedule, epochs = 0.03, False, [120, 160], 200
+
+    assert [main_synco.learning_rate(e, Args) for e in (0, 119, 120, 159, 160, 199)] == pytest.approx(
+        [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003]
+    )
+    Args.cos = True
+    assert [main_synco.learning_rate(e, Args) for e in (0, 100, 150)] == pytest.approx(
+        [0.03, 0.015, 0.0043934], rel=1e-4
+    )
+
+
+def test_the_number_of_workers_does_not_change_a_bit(undisturbed, data, tmp_path):
+    folder, _ = undisturbed
+    run = command("main_synco.py", *SMALL, "-j", "2", "--save-dir", tmp_path / "r", data)
+    assert run.returncode == 0, run.stderr
+    assert equal(final(folder), final(tmp_path / "r"))
+
+
+def test_an_interrupted_run_ends_bit_identical(undisturbed, data, tmp_path, program):
+    folder, _ = undisturbed
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    os.remove(again / "checkpoint_0001.pth.tar")
+    status, out, err = program(*SMALL, "--knn-freq", 1, "--resume", "auto", "--save-dir", again, data)
+    assert status == 0 and "checkpoint_0000.pth.tar, 1 epochs done" in out, err
+    assert equal(final(folder), final(again))
+
+    def numbers(path):
+        timed = ("time", "images_per_second", "data_share")
+        return [{k: v for k, v in line.items() if k not in timed} for line in metrics.read_log(path / "log.jsonl")]
+
+    assert numbers(again) == numbers(folder)  # each step once
+
+
+def test_resume_from_a_path_and_of_a_finished_run(undisturbed, data, tmp_path, program):
+    folder, _ = undisturbed
+    path = folder / "checkpoint_0000.pth.tar"
+    status, out, _ = program(*SMALL[:-4], "-p", 2, "--resume", path, "--save-dir", tmp_path / "r", data)  # no --seed
+    assert status == 0 and "seed               3" in out
+    assert equal(final(folder), final(tmp_path / "r"))
+    before = (tmp_path / "r" / "checkpoint_0001.pth.tar").read_bytes()
+    status, out, _ = program(*SMALL, "--resume", "auto", "--save-dir", tmp_path / "r", data)
+    assert status == 0 and "2 epochs done" in out and "Epoch" not in out
+    assert (tmp_path / "r" / "checkpoint_0001.pth.tar").read_bytes() == before
+    status, out, _ = program(*SMALL, "--resume", "auto", "--lr", 0.5, "--epochs", 3, "--save-dir", tmp_path / "r", data)
+    assert status == 0 and "changed            epochs 2 → 3; lr 0.03 → 0.5" in out
+
+
+def test_resume_auto_in_an_empty_folder_starts_afresh(data, tmp_path, program):
+    status, out, _ = program(*SMALL, "--epochs", 1, "--resume", "auto", "--save-dir", tmp_path / "new", data)
+    assert status == 0 and "resumed" not in out and os.path.exists(tmp_path / "new" / "checkpoint_0000.pth.tar")
+
+
+def test_another_runs_folder_is_left_alone(undisturbed, data, tmp_path, program):
+    folder = tmp_path / "r"
+    shutil.copytree(undisturbed[0], folder)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    status, _, err = program(*SMALL, "--save-dir", folder, data)
+    assert status == 2 and f"--save-dir {folder} holds another run (checkpoint_0001.pth.tar): --resume auto" in err
+    outside = tmp_path / "outside.pth.tar"
+    shutil.copy(folder / "checkpoint_0000.pth.tar", outside)
+    assert program(*SMALL, "--resume", outside, "--save-dir", folder, data)[0] == 2
+    inside = folder / "checkpoint_0000.pth.tar"
+    status, _, err = program(*SMALL, "--resume", inside, "--overwrite", "--save-dir", folder, data)
+    assert status == 2 and "--overwrite would remove" in err
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+    status, _, err = program(*SMALL, "--epochs", 1, "--overwrite", "--save-dir", folder, data)
+    assert status == 0, err
+    assert [number for number, _ in checkpoint.numbered(str(folder))] == [0]
+    assert {line["step"] for line in metrics.read_log(folder / "log.jsonl")} == {1, 3}
+
+
+def test_save_freq_and_keep(data, tmp_path, program):
+    flags = [*SMALL, "--epochs", 5]
+    assert program(*flags, "--save-freq", 2, "--save-dir", tmp_path / "a", data)[0] == 0
+    assert [number for number, _ in checkpoint.numbered(str(tmp_path / "a"))] == [1, 3, 4]
+    status, _, _ = program(*flags, "--keep", 2, "--log-dir", tmp_path / "logs", "--save-dir", tmp_path / "b", data)
+    assert status == 0 and [number for number, _ in checkpoint.numbered(str(tmp_path / "b"))] == [3, 4]
+    assert sorted(os.listdir(tmp_path / "b"))[-1] == "config.json" and os.path.exists(tmp_path / "logs" / "log.jsonl")
+
+
+def test_spawn_and_torchrun_are_the_same_run(data, tmp_path):
+    flags = [*SMALL, "--knn-freq", "2", data]
+    spawn = command(
+        "main_synco.py", "--dist-url", "tcp://localhost:29751", "--multiprocessing-distributed", "--world-size", "1",
+        "--rank", "0", "--nproc-per-node", "2", "--save-dir", tmp_path / "spawn", *flags, env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert spawn.returncode == 0 and spawn.stderr == "", spawn.stderr
+    torchrun = command(
+        "torchrun", "--nproc-per-node", "2", "main_synco.py", "--save-dir", tmp_path / "torchrun", *flags
+    )
+    assert torchrun.returncode == 0, torchrun.stderr
+    for run in (spawn, torchrun):
+        assert "world size         2" in run.stdout and "batch per process  4" in run.stdout
+        assert run.stdout.count("kNN after 0 epochs") == 1  # rank 0 alone speaks
+    assert equal(final(tmp_path / "spawn"), final(tmp_path / "torchrun"))
+    # every process draws views, shuffles and synthesises from the one seed of the command line
+    lines = [metrics.read_log(tmp_path / name / "log.jsonl") for name in ("spawn", "torchrun")]
+    assert [line.get("loss") for line in lines[0]] == [line.get("loss") for line in lines[1]]
+
+
+def test_a_seed_is_drawn_and_stored_when_none_is_given(data, tmp_path, program):
+    flags = [*SMALL[:-4], "--epochs", 1, data]
+    assert program(*flags, "--save-dir", tmp_path / "a")[0] == 0
+    assert program(*flags, "--save-dir", tmp_path / "b")[0] == 0
+    seeds = [json.loads((tmp_path / name / "config.json").read_text())["seed"] for name in "ab"]
+    assert seeds[0] != seeds[1]
+    assert program(*flags, "--seed", seeds[0], "--save-dir", tmp_path / "c")[0] == 0
+    assert equal(final(tmp_path / "a", 0), final(tmp_path / "c", 0))
+
+
+@pytest.mark.parametrize("flags", ["--bn-splits 2", "--n1 0 --n2 0 --n3 0 --n4 0 --n5 0 --n6 0", "--cooldown-epochs 1"])
+def test_other_settings_run(data, tmp_path, program, flags):
+    status, out, err = program(*SMALL, *flags.split(), "--save-dir", tmp_path / "r", data)
+    assert status == 0, err
+    if "n1" in flags:
+        assert "MoCo (no synthetic negatives)" in out
+    if "cooldown" in flags:
+        assert "in no epoch: all are warm-up or cool-down" in out
+
+
+def test_a_network_with_dropout_resumes_exactly(data, tmp_path, program):
+    flags = [*SMALL, "-a", "mobilenet_v3_small", data]
+    assert program(*flags, "--save-dir", tmp_path / "a")[0] == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.remove(tmp_path / "b" / "checkpoint_0001.pth.tar")
+    assert program(*flags, "--resume", "auto", "--save-dir", tmp_path / "b")[0] == 0
+    assert equal(final(tmp_path / "a"), final(tmp_path / "b"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, program):
+    flags = [*SMALL, "--lr", 1e30, "-p", 1, "--save-dir", tmp_path / "r", data]
+    status, _, err = program(*flags)
+    assert status == 1 and err.count("\n") == 1
+    assert re.search(r"error: the loss is nan between steps \d and \d of epoch 0 \(lr 1e\+30\).*: none", err)
+    assert checkpoint.numbered(str(tmp_path / "r")) == []
+
+
+BAD = {
+    "--epochs 0": "argument --epochs: '0' is not a whole number >= 1",
+    "-a resnet51": "'resnet51' is not a torchvision classification network; did you mean 'resnet50'?",
+    "-a squeezenet1_1": "SqueezeNet has no linear layer with 16 outputs",
+    "-a vit_b_16 --img-size 33": "-a vit_b_16 --img-size 33: ",
+    "-a alexnet --img-size 8": "-a alexnet --img-size 8: ",
+    "-b 25": "--batch-size 25: a step takes 25 images and",
+    "-b 1": "--batch-size 1 --bn-splits 1: the 1 images of a process do not divide",
+    "-b 9 --bn-splits 2": "--batch-size 9 --bn-splits 2: the 9 images",
+    "--multiprocessing-distributed --nproc-per-node 3": "--batch-size 8 is not divisible by this node's 3 processes",
+    "--moco-k 7 --n-hard 4": "--moco-k 7 is smaller than the 8 keys of a step",
+    "--n-hard 65": "--n-hard 65 is larger than the queue: --moco-k is 64",
+    "--n3 -1": "argument --n3: '-1' is not a whole number >= 0",
+    "--sigma -0.1": "argument --sigma: '-0.1' is not a number >= 0",
+    "--alpha 0": "argument --alpha: '0' is not a number > 0 and <= 1",
+    "--alpha 1.2": "argument --alpha: '1.2' is not a number > 0 and <= 1",
+    "--moco-t 0": "argument --moco-t: '0' is not a number > 0",
+    "--moco-m 1.1": "argument --moco-m: '1.1' is not a number >= 0 and <= 1",
+    "--lr nan": "argument --lr/--learning-rate: 'nan' is not a number",
+    "--gpu 3": "--gpu 3: this machine has 0 GPUs",
+    "--dist-backend nccl": "--dist-backend nccl needs GPUs",
+    "--rank 1": "--world-size -1 --rank 1: ",
+    "--sync-bn": "--sync-bn needs GPUs",
+    "--sync-bn --bn-splits 2": "--sync-bn and --bn-splits 2 contradict each other",
+    "--start-epoch 2": "--start-epoch 2 must be below --epochs 2",
+    "--overwrite --resume auto": "--overwrite starts anew and --resume auto goes on",
+    "--resume nowhere.pth.tar": "nowhere.pth.tar: no such checkpoint file",
+    "--no-such-flag": "unrecognized arguments: --no-such-flag",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are good input where there are GPUs")
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_flags(flags, data, tmp_path, program, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "multiprocessing" in flags:
+        run = command(main_synco.__file__, *SMALL, *flags.split(), "--save-dir", tmp_path / "r", data)
+        status, out, err = run.returncode, run.stdout, run.stderr
+    else:
+        status, out, err = program(*SMALL, *flags.split(), "--save-dir", tmp_path / "r", data)
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("main_synco.py: error: ") and BAD[flags] in err
+    assert os.listdir(tmp_path) == []  # nothing was written
+
+
+def refused(run, message, folder=None):
+    status, out, err = run
+    assert status == 2 and err.count("\n") == 1 and message in err, err
+    assert folder is None or not os.path.exists(folder)
+    return err
+
+
+def test_bad_data(data, tmp_path, program):
+    flags = [*SMALL, "--save-dir", tmp_path / "r"]
+    refused(program(*flags, tmp_path / "none"), "none: no such folder", tmp_path / "r")
+    refused(program(*flags, tmp_path), "has no folder 'train' in it", tmp_path / "r")
+    refused(program(*flags), "the following arguments are required: DATA", tmp_path / "r")
+    make_images(tmp_path / "d" / "train", classes=2, images=4)
+    refused(program(*flags, "--knn-freq", 1, tmp_path / "d"), "has no folder 'val' in it", tmp_path / "r")
+    make_images(tmp_path / "d" / "val", classes=3, images=1)
+    message = "train and val hold different classes: c2"
+    refused(program(*flags, "--knn-freq", 1, tmp_path / "d"), message, tmp_path / "r")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(data, tmp_path, program, workers):
+    shutil.copytree(data, tmp_path / "d")
+    (tmp_path / "d" / "train" / "c1" / "3.jpg").write_bytes(b"\xff\xd8\xff torn")
+    run = program(*SMALL, "-j", workers, "--save-dir", tmp_path / "r", tmp_path / "d")
+    err = refused(run, "c1/3.jpg: cannot be read as an image")
+    assert err.startswith("main_synco.py: error: /") or err.startswith(f"main_synco.py: error: {tmp_path}")
+
+
+def test_an_unreadable_image_under_torchrun(data, tmp_path):
+    shutil.copytree(data, tmp_path / "d")
+    (tmp_path / "d" / "train" / "c1" / "3.jpg").write_bytes(b"torn")
+    run = command(
+        "torchrun", "--nproc-per-node", "2", "main_synco.py", *SMALL, "--save-dir", tmp_path / "r", tmp_path / "d"
+    )
+    assert run.returncode == 1
+    assert run.stderr.count("main_synco.py: error: ") == 1 and "c1/3.jpg: cannot be read as an image" in run.stderr
+
+
+def test_bad_checkpoints(undisturbed, data, tmp_path, program):
+    whole = (undisturbed[0] / "checkpoint_0000.pth.tar").read_bytes()
+    flags = [*SMALL, "--save-dir", tmp_path / "r", data]
+    cut, foreign, good = (tmp_path / f"{name}.pth.tar" for name in ("cut", "foreign", "good"))
+    cut.write_bytes(whole[: len(whole) // 2])
+    good.write_bytes(whole)
+    torch.save({"weights": torch.ones(2)}, foreign)
+    refused(program(*flags, "--resume", cut), "cut.pth.tar: not a whole checkpoint file", tmp_path / "r")
+    refused(program(*flags, "--resume", foreign), "foreign.pth.tar: not a checkpoint", tmp_path / "r")
+    message = "good.pth.tar: is a checkpoint of 'shufflenet_v2_x0_5'; --arch is 'resnet18'"
+    refused(program(*flags, "--resume", good, "-a", "resnet18"), message, tmp_path / "r")
+    message = "queue is (64, 16) and should be (32, 16)"
+    refused(program(*flags, "--resume", good, "--moco-k", 32), message, tmp_path / "r")
+    message = f"--seed 4: {good} was run with seed 3"
+    refused(program(*flags, "--resume", good, "--seed", 4), message, tmp_path / "r")
+    torch.save({**checkpoint.load(str(good)), "epoch": 9}, good)
+    refused(program(*flags, "--resume", good), "holds 9 epochs and --epochs is 2", tmp_path / "r")
+
+
+def test_a_save_folder_that_cannot_be_written(data, tmp_path, program):
+    (tmp_path / "file").write_text("mine")
+    refused(program(*SMALL, "--save-dir", tmp_path / "file", data), "file: cannot be written (")
+    refused(program(*SMALL, "--save-dir", tmp_path / "file" / "below", data), "below: cannot be written (")
+    refused(program(*SMALL, "--save-dir", "/proc/no", data), "/proc/no: cannot be written (")
+    assert (tmp_path / "file").read_text() == "mine"
