@@ -15,6 +15,7 @@ DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE. Writes checkp
 log.jsonl and TensorBoard files.
 """
 
+import copy
 import json
 import math
 import os
@@ -46,6 +47,7 @@ def parse():
     flag("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
     flag("--wd", "--weight-decay", default=1e-4, type=number(float, 0), dest="weight_decay", help="weight decay")
     flag("--aug-plus", action="store_true", help="MoCo v2's augmentation in place of v1's")
+    flag("--blur", action="store_true", help="with --aug-plus: blur crops below 64 pixels too")
     flag("--save-freq", default=1, type=number(int, 1), help="epochs between checkpoints; the last is always written")
     flag("--keep", default=0, type=number(int, 0), help="how many numbered checkpoints stay; 0: all")
     flag("--knn-freq", default=0, type=number(int, 0), help="epochs between kNN evaluations, train vs. val; 0: none")
@@ -88,48 +90,95 @@ def parse():
 
 
 def run(process, args):
-    device, world = process.device, process.world_size
+    device = process.device
     path, saved = find_checkpoint(args)
     seeded = args.seed is not None
     args.seed = distributed.from_rank_0(choose_seed(args.seed, path, saved))
     torch.manual_seed(args.seed)  # the same start in every process
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = seeded, not seeded
 
-    # data
-    if args.sync_bn and device.type == "cpu":
+    batch = batch_of_each(args, process)
+    batches, monitor, classes = load_data(args, process, batch)
+    steps = len(batches)
+    model = make_model(args, device)
+    # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+    start_epoch = checkpoint.resume(saved, path, model, optimizer, args.arch) if saved else args.start_epoch
+    if start_epoch > args.epochs:
+        raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
+    if process.rank == 0:
+        prepare_folders(args)
+        describe(args, process, batch, steps, start_epoch, path, saved)
+    saved = None  # its memory
+    log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
+
+    learner = distributed.parallel(model, device)
+
+    def evaluate(epoch):
+        top1 = knn.accuracy(model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k)
+        log.write("knn", epoch * steps, epoch=epoch, top1=top1)
+        say(process, f"kNN after {epoch} epochs: {top1:.2f} %")
+
+    due = args.knn_freq and start_epoch % args.knn_freq == 0
+    if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
+        evaluate(start_epoch)
+    for epoch in range(start_epoch, args.epochs):
+        batches.sampler.set_epoch(epoch)
+        lr = learning_rate(epoch, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args)
+        done = epoch + 1
+        if process.rank == 0 and (done % args.save_freq == 0 or done == args.epochs):
+            save(model, optimizer, done, done * steps, args)
+        if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
+            evaluate(done)
+    log.close()
+    say(process, f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
+
+
+def batch_of_each(args, process):
+    """How many images a process takes in a step: its share of --batch-size, which is that of a node."""
+    if args.sync_bn and process.device.type == "cpu":
         raise UserError("--sync-bn needs GPUs, and this machine has none")
-    if args.batch_size % process.local_size:
-        raise UserError(
-            f"--batch-size {args.batch_size} is not divisible by this node's {process.local_size} processes"
-        )
-    batch = args.batch_size // process.local_size
+    batch, rest = divmod(args.batch_size, process.local_size)
+    if rest:
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by a node's {process.local_size} processes")
     if batch % args.bn_splits or batch // args.bn_splits < 2:
         raise UserError(
             f"--batch-size {args.batch_size} --bn-splits {args.bn_splits}: the {batch} images of a process "
             "do not divide into equal splits of at least 2"
         )
-    images = loader.image_folder(args.data, "train")
-    if len(images) < batch * world:
-        raise UserError(
-            f"--batch-size {args.batch_size}: a step takes {batch * world} images and {images.root} has {len(images)}"
-        )
-    if args.moco_k < batch * world:
-        raise UserError(f"--moco-k {args.moco_k} is smaller than the {batch * world} keys of a step")
-    workers = loader.workers_each(args.workers, process.local_size)
-    pairs = loader.TwoCrops(images, loader.augmentation(args.img_size, args.aug_plus), args.seed)
-    batches = loader.train_loader(pairs, batch, process=process, workers=workers, seed=args.seed)
-    steps = len(batches)
-    bank = queries = None
-    if args.knn_freq:
-        bank, queries = (loader.image_folder(args.data, split) for split in ("train", "val"))
-        if bank.classes != queries.classes:
-            strange = sorted(set(bank.classes) ^ set(queries.classes))
-            raise UserError(f"{args.data}: train and val hold different classes: {', '.join(strange[:5])}")
-        for part in (bank, queries):
-            part.transform = loader.center_view(args.img_size)
-        bank, queries = (loader.eval_loader(part, batch, process=process, workers=workers) for part in (bank, queries))
+    if args.moco_k < batch * process.world_size:
+        raise UserError(f"--moco-k {args.moco_k} is smaller than the {batch * process.world_size} keys of a step")
+    return batch
 
-    # model
+
+def load_data(args, process, batch):
+    """(training batches, kNN's (bank, queries) or None, number of classes)."""
+    images = loader.image_folder(args.data, "train")
+    step = batch * process.world_size
+    if len(images) < step:
+        raise UserError(f"--batch-size {args.batch_size}: a step takes {step} images, {images.root} has {len(images)}")
+    workers = loader.workers_each(args.workers, process.local_size)
+    pairs = loader.TwoCrops(images, loader.augmentation(args.img_size, args.aug_plus, args.blur), args.seed)
+    batches = loader.train_loader(pairs, batch, process=process, workers=workers, seed=args.seed)
+    if not args.knn_freq:
+        return batches, None, len(images.classes)
+
+    val = loader.image_folder(args.data, "val")
+    if images.classes != val.classes:
+        strange = sorted(set(images.classes) ^ set(val.classes))
+        raise UserError(f"{args.data}: train and val hold different classes: {', '.join(strange[:5])}")
+    bank = copy.copy(images)  # the same index, other views
+    bank.transform = val.transform = loader.center_view(args.img_size)
+    monitor = [loader.eval_loader(part, batch, process=process, workers=workers) for part in (bank, val)]
+    return batches, monitor, len(images.classes)
+
+
+def make_model(args, device):
+    """The model on its device; sees that the network takes images of --img-size."""
     try:
         model = SynCo(
             torchvision_network(args.arch, args.img_size),
@@ -153,45 +202,7 @@ def run(process, args):
             features(model.encoder_q, model.head, torch.zeros(2, 3, args.img_size, args.img_size, device=device))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"-a {args.arch} --img-size {args.img_size}: {str(error).splitlines()[0]}") from error
-    model.train()
-    # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-
-    # where to start, and where to write
-    start_epoch = checkpoint.resume(saved, path, model, optimizer, args.arch) if saved else args.start_epoch
-    if start_epoch > args.epochs:
-        raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
-    if process.rank == 0:
-        prepare_folders(args)
-        describe(args, process, batch, steps, start_epoch, path, saved)
-    saved = None  # its memory
-    log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
-
-    # training
-    learner = distributed.parallel(model, device)
-
-    def evaluate(epoch):
-        parts = (model.encoder_q, model.head, bank, queries, device)
-        top1 = knn.accuracy(*parts, classes=len(images.classes), k=args.knn_k)
-        log.write("knn", epoch * steps, epoch=epoch, top1=top1)
-        say(process, f"kNN after {epoch} epochs: {top1:.2f} %")
-
-    due = args.knn_freq and start_epoch % args.knn_freq == 0
-    if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
-        evaluate(start_epoch)
-    for epoch in range(start_epoch, args.epochs):
-        batches.sampler.set_epoch(epoch)
-        lr = learning_rate(epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args)
-        done = epoch + 1
-        if process.rank == 0 and (done % args.save_freq == 0 or done == args.epochs):
-            save(model, optimizer, done, done * steps, args)
-        if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
-            evaluate(done)
-    log.close()
-    say(process, f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
+    return model.train()
 
 
 def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args):
@@ -207,9 +218,8 @@ def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, ar
         if first + i == 0:
             log.images("pairs", pair_grid(im_q, im_k) if process.rank == 0 else None, 0)
 
-        torch.manual_seed(
-            distributed.seed_of("dropout", args.seed, first + i, process.rank)
-        )  # for networks with dropout
+        # what a network with dropout draws is a function of the step, too
+        torch.manual_seed(distributed.seed_of("dropout", args.seed, first + i, process.rank))
         logits, labels = learner(im_q, im_k, epoch + i / steps, step=first + i)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()

@@ -37,7 +37,7 @@ def seed_of(purpose, *parts):
     Every draw of a run comes from such a seed, so it depends on nothing that ran before.
     """
     sequence = np.random.SeedSequence([zlib.crc32(purpose.encode()), *parts])
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 # ---------------------------------------------------------------------------------------------- launching

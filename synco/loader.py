@@ -58,9 +58,10 @@ def to_tensor():
     return transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
 
-def augmentation(size, plus):
+def augmentation(size, plus, blur=False):
     """MoCo's augmentation of one view: v2's (`plus`, arXiv 2003.04297) or v1's (arXiv 1911.05722).
 
+    v2's blur is left out below 64 pixels, as in MoCo's recipe for CIFAR-10, unless `blur` asks for it.
     PIL image → (3, size, size).
     """
     crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0))
@@ -68,8 +69,8 @@ def augmentation(size, plus):
     flip = transforms.RandomHorizontalFlip()
     if plus:
         jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-        blur = transforms.RandomApply([GaussianBlur()], p=0.5)
-        return transforms.Compose([crop, jitter, grayscale, blur, flip, to_tensor()])
+        blurs = [transforms.RandomApply([GaussianBlur()], p=0.5)] if blur or size >= 64 else []
+        return transforms.Compose([crop, jitter, grayscale, *blurs, flip, to_tensor()])
     return transforms.Compose([crop, grayscale, transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, to_tensor()])
 
 

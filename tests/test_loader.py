@@ -65,6 +65,8 @@ def test_the_augmentations_are_the_published_ones():
     assert list(names(v1)) == [
         "RandomResizedCrop", "RandomGrayscale", "ColorJitter", "RandomHorizontalFlip", "ToTensor", "Normalize"
     ]  # fmt: skip
+    small, asked = loader.augmentation(32, True), loader.augmentation(32, True, blur=True)
+    assert "GaussianBlur p=0.5" not in names(small) and list(names(asked)) == list(names(v2))
     for view in (v1, v2):
         assert view.transforms[0].scale == (0.2, 1.0) and view.transforms[0].size == (224, 224)
         normalize = view.transforms[-1].transforms[1]

@@ -247,7 +247,7 @@ BAD = {
     "-b 25": "--batch-size 25: a step takes 25 images and",
     "-b 1": "--batch-size 1 --bn-splits 1: the 1 images of a process do not divide",
     "-b 9 --bn-splits 2": "--batch-size 9 --bn-splits 2: the 9 images",
-    "--multiprocessing-distributed --nproc-per-node 3": "--batch-size 8 is not divisible by this node's 3 processes",
+    "--multiprocessing-distributed --nproc-per-node 3": "--batch-size 8 is not divisible by a node's 3 processes",
     "--moco-k 7 --n-hard 4": "--moco-k 7 is smaller than the 8 keys of a step",
     "--n-hard 65": "--n-hard 65 is larger than the queue: --moco-k is 64",
     "--n3 -1": "argument --n3: '-1' is not a whole number >= 0",
