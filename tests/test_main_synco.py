@@ -244,7 +244,7 @@ BAD = {
     "-a squeezenet1_1": "SqueezeNet has no linear layer with 16 outputs",
     "-a vit_b_16 --img-size 33": "-a vit_b_16 --img-size 33: ",
     "-a alexnet --img-size 8": "-a alexnet --img-size 8: ",
-    "-b 25": "--batch-size 25: a step takes 25 images and",
+    "-b 25": "--batch-size 25: a step takes 25 images, ",
     "-b 1": "--batch-size 1 --bn-splits 1: the 1 images of a process do not divide",
     "-b 9 --bn-splits 2": "--batch-size 9 --bn-splits 2: the 9 images",
     "--multiprocessing-distributed --nproc-per-node 3": "--batch-size 8 is not divisible by a node's 3 processes",
