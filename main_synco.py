@@ -34,6 +34,12 @@ from synco.builder import SynCo, features, torchvision_network
 from synco.negatives import TYPES
 from synco.options import UserError, number
 
+# flags that may differ between a run and its continuation without a word
+UNRELATED = set(
+    "data workers resume overwrite save_dir log_dir print_freq save_freq keep knn_freq knn_k start_epoch counts "
+    "deterministic world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
+)
+
 
 def parse():
     parser = options.Parser(__doc__)
@@ -92,10 +98,10 @@ def parse():
 def run(process, args):
     device = process.device
     path, saved = find_checkpoint(args)
-    seeded = args.seed is not None
-    args.seed = distributed.from_rank_0(choose_seed(args.seed, path, saved))
-    torch.manual_seed(args.seed)  # the same start in every process
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = seeded, not seeded
+    before = saved["config"] if saved else {}
+    args.deterministic = args.seed is not None or before.get("deterministic") is True
+    args.seed = distributed.from_rank_0(choose_seed(args.seed, path, before))
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
 
     batch = batch_of_each(args, process)
     batches, monitor, classes = load_data(args, process, batch)
@@ -108,8 +114,8 @@ def run(process, args):
     if start_epoch > args.epochs:
         raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
     if process.rank == 0:
-        prepare_folders(args)
-        describe(args, process, batch, steps, start_epoch, path, saved)
+        prepare_folders(args, fresh=not path)
+        describe(args, process, batch, steps, start_epoch, path, before)
     saved = None  # its memory
     log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
 
@@ -120,7 +126,7 @@ def run(process, args):
         log.write("knn", epoch * steps, epoch=epoch, top1=top1)
         say(process, f"kNN after {epoch} epochs: {top1:.2f} %")
 
-    due = args.knn_freq and start_epoch % args.knn_freq == 0
+    due = args.knn_freq and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs)
     if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
         evaluate(start_epoch)
     for epoch in range(start_epoch, args.epochs):
@@ -179,6 +185,7 @@ def load_data(args, process, batch):
 
 def make_model(args, device):
     """The model on its device; sees that the network takes images of --img-size."""
+    torch.manual_seed(args.seed)  # the same start in every process
     try:
         model = SynCo(
             torchvision_network(args.arch, args.img_size),
@@ -195,11 +202,18 @@ def make_model(args, device):
             bn_splits=args.bn_splits,
             seed=args.seed,
         )
-        if args.sync_bn:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model.to(device).eval()
+    except (ValueError, AssertionError) as error:  # the second from networks that are built for one image size
+        raise UserError(f"-a {args.arch} --img-size {args.img_size}: {str(error).splitlines()[0]}") from error
+    if args.sync_bn:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules()):
+            raise UserError(f"--sync-bn: {args.arch} has no BatchNorm")
+    model.to(device).eval()
+    try:
         with torch.no_grad():
             features(model.encoder_q, model.head, torch.zeros(2, 3, args.img_size, args.img_size, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"-a {args.arch} --img-size {args.img_size}: {str(error).splitlines()[0]}") from error
     return model.train()
@@ -272,47 +286,67 @@ def learning_rate(epoch, args):
 
 def find_checkpoint(args):
     """What --resume asks for: (path, the loaded checkpoint), or (None, None) for a fresh start."""
-    path = None
-    if distributed.rank() == 0:
-        mine = checkpoint.numbered(args.save_dir)
-        if args.resume == "auto":
-            path = mine[-1][1] if mine else None
-        else:
-            path = args.resume or None
-            inside = path and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
-            if inside and args.overwrite:
-                raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
-            if mine and not inside and not args.overwrite:
-                raise UserError(
-                    f"--save-dir {args.save_dir} holds another run ({os.path.basename(mine[-1][1])}): --resume auto "
-                    "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
-                )
-    path = distributed.from_rank_0(path)
-    return path, path and checkpoint.load(path)
+    path = distributed.from_rank_0(resume_path(args) if distributed.rank() == 0 else None)
+    if not path:
+        return None, None
+    saved = checkpoint.load(path)
+    if not isinstance(saved.get("config"), dict):  # MoCo's and SynCo's own have none
+        saved["config"] = {}
+    return path, saved
 
 
-def choose_seed(given, path, saved):
-    """The run's seed: as given, as in the checkpoint, or a new one."""
-    stored = saved and saved.get("config", {}).get("seed")
-    if stored is not None and given not in (None, stored):
-        raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
-    if stored is not None:
+def resume_path(args):
+    """The checkpoint to go on from, or None; refuses a --save-dir or --log-dir that holds something else."""
+    mine = checkpoint.numbered(args.save_dir)
+    newest = mine[-1][1] if mine else None
+    if args.resume == "auto":
+        path = newest
+    else:
+        path = args.resume or None
+        inside = path and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
+        if inside and args.overwrite:
+            raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
+        if inside and os.path.basename(path) in [os.path.basename(older) for _, older in mine[:-1]]:
+            raise UserError(f"--resume {path}: --save-dir holds the newer {newest}, which would be left; give another")
+        if mine and not inside and not args.overwrite:
+            raise UserError(
+                f"--save-dir {args.save_dir} holds another run ({os.path.basename(newest)}): --resume auto "
+                "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
+            )
+    apart = os.path.realpath(args.log_dir) != os.path.realpath(args.save_dir)
+    if apart and not path and not args.overwrite and metrics.log_files(args.log_dir):
+        raise UserError(f"--log-dir {args.log_dir} holds the log of another run; give another, or --overwrite")
+    return path
+
+
+def choose_seed(given, path, before):
+    """The run's seed: as given, as in the checkpoint's settings, or a new one."""
+    stored = before.get("seed")
+    if isinstance(stored, int) and 0 <= stored < 2**32:
+        if given not in (None, stored):
+            raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
         return stored
     return int.from_bytes(os.urandom(4), "little") if given is None else given
 
 
-def prepare_folders(args):
-    """Make the output folders, see that they can be written, and with --overwrite remove the run in them."""
+def prepare_folders(args, fresh):
+    """Make the output folders if both can be written; a fresh start removes what another left in them.
+
+    `resume_path` has seen to it that this is a run that --overwrite gives up, or one that left no checkpoint.
+    """
     for folder in (args.save_dir, args.log_dir):
+        there = os.path.abspath(folder)
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
         try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            tempfile.TemporaryFile(dir=there).close()
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    if args.overwrite:
-        old = [path for _, path in checkpoint.numbered(args.save_dir)] + metrics.log_files(args.log_dir)
-        for path in old:
-            os.remove(path)
+    for folder in (args.save_dir, args.log_dir):
+        os.makedirs(folder, exist_ok=True)
+    old = [path for _, path in checkpoint.numbered(args.save_dir)] if args.overwrite else []
+    for path in old + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
+        os.remove(path)
 
 
 def method(args):
@@ -331,7 +365,7 @@ def method(args):
     )
 
 
-def describe(args, process, batch, steps, start_epoch, path, saved):
+def describe(args, process, batch, steps, start_epoch, path, before):
     """Print what is about to run, and store it as config.json."""
     device = f"{process.device}"
     if process.device.type == "cuda":
@@ -349,23 +383,17 @@ def describe(args, process, batch, steps, start_epoch, path, saved):
         print(f"{name.replace('_', ' '):18} {value}")
     if path:
         print(f"{'resumed':18} {path}, {start_epoch} epochs done")
-        before = saved.get("config", {})
         now = {name: value for name, value in vars(args).items() if name in before and name not in UNRELATED}
         changed = [f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value]
         if changed:
             print(f"{'changed':18} {'; '.join(changed)}")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     config = vars(args) | facts | {"command": shlex.join(sys.argv), "versions": versions}
-    with open(os.path.join(args.save_dir, "config.json"), "w") as file:
+    target = os.path.join(args.save_dir, "config.json")
+    with open(target + ".tmp", "w") as file:
         json.dump(config, file, indent=1)
         file.write("\n")
-
-
-# flags that may differ between a run and its continuation without a word
-UNRELATED = set(
-    "data workers resume overwrite save_dir log_dir print_freq save_freq keep knn_freq knn_k start_epoch "
-    "world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
-)
+    os.replace(target + ".tmp", target)
 
 
 def save(model, optimizer, done, step, args):

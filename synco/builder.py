@@ -155,7 +155,7 @@ class SynCo(nn.Module):
         permutation = torch.randperm(W * N, generator=generator)  # the same in all processes
         shuffled = distributed.gather(F.normalize(self.encoder_k(distributed.shuffle(im_k, permutation)), dim=1))
         keys = torch.empty_like(shuffled)
-        keys[permutation.to(keys.device)] = shuffled
+        keys[distributed.to_device(permutation, keys.device)] = shuffled
         return keys
 
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import sys
+import time
 import zlib
 from dataclasses import dataclass
 from urllib.parse import urlparse
@@ -54,7 +55,7 @@ def launch(worker, parse):
         args = parse()
         start = _plan(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             _report(error)
         sys.exit(2)
     start(worker, args)
@@ -72,11 +73,15 @@ def _plan(args):
     if args.nproc_per_node is not None and not args.multiprocessing_distributed:
         raise UserError(f"--nproc-per-node {args.nproc_per_node} goes with --multiprocessing-distributed")
 
-    from_env = [name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    if args.dist_url == "env://" and not all(from_env):
-        raise UserError("--dist-url env:// needs RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment")
-    if all(from_env):
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and (args.dist_url == "env://" or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError(f"the environment lacks {', '.join(missing)}, which --dist-url env:// and WORLD_SIZE > 1 need")
+    if not missing and ("LOCAL_RANK" in os.environ or not args.multiprocessing_distributed):
         return _plan_environment(args, gpus)
+    if args.dist_url == "env://":  # as in MoCo: the environment counts nodes, each of which starts its processes
+        args.dist_url = "tcp://{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        _address(args.dist_url)
+        args.world_size, args.rank = _integers("WORLD_SIZE", "RANK")
 
     if args.multiprocessing_distributed:
         if args.gpu is not None:
@@ -97,35 +102,51 @@ def _plan(args):
         return lambda worker, args: _spawn(worker, args, local_size, nodes=world, node=max(rank, 0))
     if world > 1:
         return lambda worker, args: _by_hand(worker, args, world, rank)
-    return lambda worker, args: _enter(worker, args, Process(device=_device(args.gpu or 0)), None)
+    return lambda worker, args: _enter(worker, args, Process(device=_device(args.gpu or 0)), lambda: None)
 
 
 def _plan_environment(args, gpus):
     """torchrun, or a hand-set environment of the same variables."""
-    try:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", args.gpu or 0))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE in the environment: {error}") from None
+    rank, world, _ = _integers("RANK", "WORLD_SIZE", "MASTER_PORT")
+    local_rank, local_size = args.gpu or 0, _share(args, world)
+    launched = "LOCAL_RANK" in os.environ
+    if launched:
+        local_rank, local_size = _integers("LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not 0 <= rank < world:
         raise UserError(f"RANK={rank} WORLD_SIZE={world} in the environment: the rank must lie in 0..{world - 1}")
     if args.multiprocessing_distributed:
         raise UserError(f"--multiprocessing-distributed: {world} processes have been started already; leave it out")
-    for flag, given, found in (("--world-size", args.world_size, world), ("--rank", args.rank, rank)):
-        if given not in (-1, found):
-            raise UserError(f"{flag} {given} contradicts the environment, which says {found}; leave it out")
-    if args.gpu is not None and "LOCAL_RANK" in os.environ:
+    # The same verdict in every process of a node, since one speaks for all: --rank is one number for several ranks.
+    if args.world_size not in (-1, world):
+        raise UserError(f"--world-size {args.world_size} contradicts the environment, which says {world}; leave it out")
+    if args.rank != -1 and (args.rank != rank or (launched and world > 1)):
+        raise UserError(
+            f"--rank {args.rank} contradicts the environment, which gives each process its own; leave it out"
+        )
+    if args.gpu is not None and launched:
         raise UserError(f"--gpu {args.gpu}: the launcher gives each process its GPU; leave it out")
-    if gpus and local_rank >= gpus:
+    if gpus and launched and local_size > gpus:
         raise UserError(f"{local_size} processes on this node, which has {gpus} GPU{'s' * (gpus != 1)}")
 
-    def start(worker, args):
-        process = Process(rank, world, local_rank, local_size, _device(local_rank))
-        store, _, _ = next(dist.rendezvous("env://"))
-        _enter(worker, args, process, dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store))
+    def connect():
+        try:
+            store, _, _ = next(dist.rendezvous("env://"))
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"MASTER_ADDR:MASTER_PORT {where}: the processes cannot meet there") from error
+        return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
-    return start
+    process = Process(rank, world, local_rank, local_size, _device(local_rank))
+    return lambda worker, args: _enter(worker, args, process, connect)
+
+
+def _integers(*names):
+    """Those variables of the environment, as whole numbers."""
+    try:
+        return [int(os.environ[name]) for name in names]
+    except (KeyError, ValueError):
+        given = " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        raise UserError(f"{given} in the environment: must be whole numbers") from None
 
 
 def _address(url):
@@ -167,47 +188,78 @@ def _spawn(worker, args, local_size, *, nodes, node):
     try:
         mp.spawn(_spawned, (worker, args, url, local_size, world, node), nprocs=local_size)
     except mp.ProcessExitedException as error:
+        if error.exit_code < 0:  # a signal, from the system when memory runs out, say: the worker could not speak
+            _report(error)
         sys.exit(error.exit_code if error.exit_code > 0 else 1)
 
 
 def _spawned(local_rank, worker, args, url, local_size, world, node):
     process = Process(node * local_size + local_rank, world, local_rank, local_size, _device(local_rank))
-    _enter(worker, args, process, _store(url, world, serve=False))
+    _enter(worker, args, process, lambda: _store(url, world, serve=False))
+
+
+def _share(args, world):
+    """How many processes share the node of one that was started by itself: as in MoCo, with --gpu one per GPU."""
+    return 1 if args.gpu is None else min(world, torch.cuda.device_count())
 
 
 def _by_hand(worker, args, world, rank):
     """One process of several that the user starts one by one."""
-    try:
-        store = _store(args.dist_url, world, serve=rank == 0)
-    except UserError as error:
-        _report(error)
-        sys.exit(2)
-    _enter(worker, args, Process(rank, world, 0, 1, _device(args.gpu or 0)), store)
+    process = Process(rank, world, args.gpu or 0, _share(args, world), _device(args.gpu or 0))
+    _enter(worker, args, process, lambda: _store(args.dist_url, world, serve=rank == 0))
 
 
-def _enter(worker, args, process, store):
-    """Run the worker in this process, within a process group if there is a store."""
+def _enter(worker, args, process, connect):
+    """Run the worker in this process, within a process group if connect() gives a store."""
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cpus() // process.local_size))
+    store, done = None, False
     try:
+        store = connect()
         if store is not None:
             backend = args.dist_backend or ("nccl" if process.device.type == "cuda" else "gloo")
             dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size)
         worker(process, args)
+        done = True
     except (UserError, FloatingPointError) as error:
-        # The first of the processes to get here speaks for all of them.
-        if store is None or store.add("failures", 1) == 1:
+        # Of the processes that get here the first speaks for all.
+        if (process.local_rank == 0) if store is None else _failures(store, 1) in (1, None):
             _report(error)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        _leave(2 if isinstance(error, UserError) else 1, process)
     except RuntimeError:
-        # A process that lost a peer to the peer's own, reported, error stays silent.
-        if store is not None and store.add("failures", 0) > 0:
-            sys.exit(2)
-        raise
+        failures = 0 if store is None else _failures(store, 0)
+        if failures == 0:
+            raise
+        if failures is None:
+            _report("lost the process that holds the others together; its own message says why")
+        # This process lost a peer to the peer's own error, which the peer reports. Its launcher is to see the peer's
+        # end and status first, and ends this process then.
+        time.sleep(5)
+        _leave(2, process)
+    finally:
+        if not done and store is not None:
+            _failures(store, 1)  # a bug: the peers need not report that they lost this process
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _failures(store, more):
+    """How many processes have failed, with `more` of them; None where the process that holds the store has gone."""
+    try:
+        return store.add("failures", more)
+    except RuntimeError:
+        return None
+
+
+def _leave(status, process):
+    """End this process; of several, without waiting for the others as the process group's own end would."""
+    if process.world_size == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _report(error):
@@ -252,20 +304,25 @@ def shuffle(x, permutation):
     permutation[r·B:(r+1)·B] of the global batch. Each row travels once, to the one process that needs it.
     """
     if not dist.is_initialized():
-        return x[permutation.to(x.device)]
+        return x[to_device(permutation, x.device)]
     W, r, B = world_size(), rank(), x.shape[0]
     places = permutation.view(W, B)
     sends = [row[row // B == r] - r * B for row in places]  # my rows that each process needs, in its order
     sources = places[r] // B
-    received = torch.empty_like(x)
+    received = x.new_empty(x.shape)
     dist.all_to_all_single(
         received,
-        x[torch.cat(sends).to(x.device)],
+        x[to_device(torch.cat(sends), x.device)],
         output_split_sizes=sources.bincount(minlength=W).tolist(),
         input_split_sizes=[len(rows) for rows in sends],
     )
     arrival = sources.sort(stable=True).indices  # rows arrive by source, in the order of their places
-    return received[arrival.argsort().to(x.device)]
+    return received[to_device(arrival.argsort(), x.device)]
+
+
+def to_device(x, device):
+    """A CPU tensor on the device; the host does not wait for the device to get there."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def gather(x):

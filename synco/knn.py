@@ -33,7 +33,7 @@ def predict(bank, bank_labels, queries, *, classes, k=200, t=0.1):
     """
     k = min(k, len(bank))
     classes_of = []
-    for part in queries.split(1024):  # bounds the (Q, M) similarities
+    for part in queries.split(256):  # bounds the (Q, M) similarities
         similarity, neighbours = (part @ bank.T).topk(k, dim=1)  # (q, k)
         votes = torch.zeros(len(part), classes, device=bank.device)
         votes.scatter_add_(1, bank_labels[neighbours], (similarity / t).exp())
@@ -56,6 +56,8 @@ def accuracy(network, head, bank_loader, query_loader, device, *, classes, k=200
 
 def gather_uneven(rows, labels):
     """Rows (M, D) and labels (M,) of all processes, whose M may differ → (sum M, D), (sum M,)."""
+    if distributed.world_size() == 1:
+        return rows, labels
     sizes = distributed.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     most = max(sizes)
     pad = most - len(rows)

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import os
 import time
 
@@ -85,7 +86,7 @@ class Log:
 
         path = os.path.join(folder, "log.jsonl")
         if os.path.exists(path):
-            self.kept = [line for line in read_log(path) if line["step"] <= steps_done]
+            self.kept = [line for line in read_log(path) if line.get("step", math.inf) <= steps_done]
         with open(path + ".tmp", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.kept)
         os.replace(path + ".tmp", path)

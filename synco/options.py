@@ -83,7 +83,9 @@ def add_run(parser, *, epochs, batch_size, save_dir):
     flag("--save-dir", default=save_dir, metavar="FOLDER", help="folder for checkpoints and config.json")
     flag("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
     flag("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
-    flag("--seed", type=number(int, 0), help="of every random draw (unset: one is drawn, printed and stored)")
+    flag(
+        "--seed", type=number(int, 0, 2**32 - 1), help="of every random draw (unset: one is drawn, printed and stored)"
+    )
 
 
 def add_distributed(parser):

@@ -1,7 +1,11 @@
 """What the tests share: small data sets, the program run in this process, and real gloo processes."""
 
 import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same with and without GPUs; before torch is imported
+
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -13,6 +17,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 # main_synco on a network, queue and images small enough for many runs
 SMALL = (
@@ -47,7 +52,7 @@ def program(monkeypatch, capsys):
     import main_synco
     from synco import distributed
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
 
@@ -66,9 +71,15 @@ def program(monkeypatch, capsys):
     torch.set_num_threads(threads)
 
 
+def free_port():
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return one.getsockname()[1]
+
+
 def command(*words, env=None, timeout=300):
     """Run a command from the repository's root → CompletedProcess with its texts."""
-    cleaned = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    cleaned = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
     words = [str(word) for word in words]
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

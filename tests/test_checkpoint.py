@@ -99,7 +99,7 @@ def test_moco_published_weights_load(tmp_path, old_format):
     backbone = {name: w for name, w in network.state_dict().items() if not name.startswith("fc.")}
     assert found.keys() == backbone.keys() and all(torch.equal(found[name], backbone[name]) for name in backbone)
     model, optimizer = resnet()
-    with pytest.raises(UserError, match="cannot|has no optimizer"):
+    with pytest.raises(UserError, match="not a pretraining checkpoint that can be resumed: it has no optimizer"):
         checkpoint.resume(checkpoint.load(path), path, model, optimizer, "resnet18")
 
 
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(published, change, mes
 def test_missing_unknown_and_misshapen_tensors_are_named(published):
     content, _, _ = published
     model, optimizer = resnet(seed=1, K=96)
-    with pytest.raises(UserError, match=r"module|queue is \(48, 16\) and should be \(96, 16\)"):
+    with pytest.raises(UserError, match=r"queue is \(48, 16\) and should be \(96, 16\)"):
         checkpoint.resume(content, "x", model, optimizer, "resnet18")
     state = dict(content["state_dict"])
     del state["module.encoder_q.conv1.weight"]

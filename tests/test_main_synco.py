@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, command, make_images
+from conftest import SMALL, command, free_port, make_images
 
 import main_synco
 from synco import checkpoint, metrics
@@ -51,9 +51,9 @@ def test_a_run(undisturbed, data):
     assert len(lines) == 4  # two print steps in each epoch of three steps
     pattern = r"Epoch 1 \[3/3\]  loss \d+\.\d+  acc@1 .* images/s  data \d+%  ETA 0:00:00"
     assert re.fullmatch(pattern, lines[-1])
-    assert [line for line in run.stdout.splitlines() if line.startswith("kNN after")] == [
-        line for line in run.stdout.splitlines() if re.fullmatch(r"kNN after [012] epochs: \d+\.\d\d %", line)
-    ]
+    knn = [line for line in run.stdout.splitlines() if line.startswith("kNN after")]
+    assert [line[:18] for line in knn] == ["kNN after 0 epochs", "kNN after 1 epochs", "kNN after 2 epochs"]
+    assert all(re.fullmatch(r"kNN after . epochs: \d+\.\d\d %", line) for line in knn)
 
     config = json.loads((folder / "config.json").read_text())
     assert config["seed"] == 3 and config["global_batch"] == 8 and config["method"].startswith("SynCo")
@@ -181,12 +181,11 @@ def test_save_freq_and_keep(data, tmp_path, program):
     assert sorted(os.listdir(tmp_path / "b"))[-1] == "config.json" and os.path.exists(tmp_path / "logs" / "log.jsonl")
 
 
-def test_spawn_and_torchrun_are_the_same_run(data, tmp_path):
+def test_spawn_and_torchrun_are_the_same_run(undisturbed, data, tmp_path):
     flags = [*SMALL, "--knn-freq", "2", data]
-    spawn = command(
-        "main_synco.py", "--dist-url", "tcp://localhost:29751", "--multiprocessing-distributed", "--world-size", "1",
-        "--rank", "0", "--nproc-per-node", "2", "--save-dir", tmp_path / "spawn", *flags, env={"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    url = f"tcp://localhost:{free_port()}"
+    published = f"--dist-url {url} --multiprocessing-distributed --world-size 1 --rank 0 --nproc-per-node 2".split()
+    spawn = command("main_synco.py", *published, "--save-dir", tmp_path / "spawn", *flags, env={"OMP_NUM_THREADS": "1"})
     assert spawn.returncode == 0 and spawn.stderr == "", spawn.stderr
     torchrun = command(
         "torchrun", "--nproc-per-node", "2", "main_synco.py", "--save-dir", tmp_path / "torchrun", *flags
@@ -195,6 +194,8 @@ def test_spawn_and_torchrun_are_the_same_run(data, tmp_path):
     for run in (spawn, torchrun):
         assert "world size         2" in run.stdout and "batch per process  4" in run.stdout
         assert run.stdout.count("kNN after 0 epochs") == 1  # rank 0 alone speaks
+        first = next(line for line in run.stdout.splitlines() if line.startswith("kNN after 0"))
+        assert first in undisturbed[1].stdout  # the same start, and the accuracy of one process
     assert equal(final(tmp_path / "spawn"), final(tmp_path / "torchrun"))
     # every process draws views, shuffles and synthesises from the one seed of the command line
     lines = [metrics.read_log(tmp_path / name / "log.jsonl") for name in ("spawn", "torchrun")]
@@ -244,6 +245,7 @@ BAD = {
     "-a squeezenet1_1": "SqueezeNet has no linear layer with 16 outputs",
     "-a vit_b_16 --img-size 33": "-a vit_b_16 --img-size 33: ",
     "-a alexnet --img-size 8": "-a alexnet --img-size 8: ",
+    "--seed 99999999999": "argument --seed: '99999999999' is not a whole number >= 0 and <= 4294967295",
     "-b 25": "--batch-size 25: a step takes 25 images, ",
     "-b 1": "--batch-size 1 --bn-splits 1: the 1 images of a process do not divide",
     "-b 9 --bn-splits 2": "--batch-size 9 --bn-splits 2: the 9 images",
@@ -269,7 +271,6 @@ BAD = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these are good input where there are GPUs")
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_flags(flags, data, tmp_path, program, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -295,6 +296,10 @@ def test_bad_data(data, tmp_path, program):
     refused(program(*flags, tmp_path / "none"), "none: no such folder", tmp_path / "r")
     refused(program(*flags, tmp_path), "has no folder 'train' in it", tmp_path / "r")
     refused(program(*flags), "the following arguments are required: DATA", tmp_path / "r")
+    (tmp_path / "e" / "train").mkdir(parents=True)
+    refused(program(*flags, tmp_path / "e"), "e/train: ", tmp_path / "r")
+    (tmp_path / "e" / "train" / "c0").mkdir()
+    refused(program(*flags, tmp_path / "e"), "it should hold CLASS/IMAGE", tmp_path / "r")
     make_images(tmp_path / "d" / "train", classes=2, images=4)
     refused(program(*flags, "--knn-freq", 1, tmp_path / "d"), "has no folder 'val' in it", tmp_path / "r")
     make_images(tmp_path / "d" / "val", classes=3, images=1)
@@ -308,7 +313,7 @@ def test_an_unreadable_image_is_named(data, tmp_path, program, workers):
     (tmp_path / "d" / "train" / "c1" / "3.jpg").write_bytes(b"\xff\xd8\xff torn")
     run = program(*SMALL, "-j", workers, "--save-dir", tmp_path / "r", tmp_path / "d")
     err = refused(run, "c1/3.jpg: cannot be read as an image")
-    assert err.startswith("main_synco.py: error: /") or err.startswith(f"main_synco.py: error: {tmp_path}")
+    assert err.startswith(f"main_synco.py: error: {tmp_path}/d/train/c1/3.jpg: ")
 
 
 def test_an_unreadable_image_under_torchrun(data, tmp_path):
@@ -345,4 +350,39 @@ def test_a_save_folder_that_cannot_be_written(data, tmp_path, program):
     refused(program(*SMALL, "--save-dir", tmp_path / "file", data), "file: cannot be written (")
     refused(program(*SMALL, "--save-dir", tmp_path / "file" / "below", data), "below: cannot be written (")
     refused(program(*SMALL, "--save-dir", "/proc/no", data), "/proc/no: cannot be written (")
+    refused(
+        program(*SMALL, "--save-dir", tmp_path / "new", "--log-dir", "/proc/no", data), "/proc/no", tmp_path / "new"
+    )
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_going_back_in_a_folder_is_refused(undisturbed, data, tmp_path, program):
+    """The newer checkpoints would be left, and taken for this run's by --keep and --resume auto."""
+    folder = tmp_path / "r"
+    shutil.copytree(undisturbed[0], folder)
+    flags = [*SMALL, "--keep", 1, "--resume", folder / "checkpoint_0000.pth.tar"]
+    refused(program(*flags, "--save-dir", folder, data), "checkpoint_0001.pth.tar, which would be left")
+    assert len(checkpoint.numbered(str(folder))) == 2
+
+
+def test_another_runs_log_is_left_alone(data, tmp_path, program):
+    flags = [*SMALL, "--epochs", 1, "--log-dir", tmp_path / "logs", data]
+    assert program(*flags, "--save-dir", tmp_path / "a")[0] == 0
+    before = (tmp_path / "logs" / "log.jsonl").read_bytes()
+    refused(program(*flags, "--save-dir", tmp_path / "b"), "logs holds the log of another run", tmp_path / "b")
+    assert (tmp_path / "logs" / "log.jsonl").read_bytes() == before
+
+
+def test_the_references_own_checkpoint_resumes(undisturbed, data, tmp_path, program):
+    """Only the published keys, no settings and no step of ours; a config that is none of ours is left aside."""
+    ours = checkpoint.load(str(undisturbed[0] / "checkpoint_0000.pth.tar"))
+    theirs = {key: ours[key] for key in ("epoch", "arch", "state_dict", "optimizer")}
+    for name, content in (
+        ("plain", theirs),
+        ("odd", {**theirs, "config": "x"}),
+        ("seed", {**theirs, "config": {"seed": "x"}}),
+    ):
+        torch.save(content, tmp_path / "theirs.pth.tar")
+        run = program(*SMALL, "--resume", tmp_path / "theirs.pth.tar", "--save-dir", tmp_path / name, data)
+        assert run[0] == 0, run[2]
+        assert equal(final(undisturbed[0]), final(tmp_path / name))
