@@ -135,14 +135,15 @@ class SynCo(nn.Module):
 
         slots: the queue rows that will be overwritten before backward; counts: see `negatives.synthesize`.
         """
-        positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-        similarity = _QueueSimilarity.apply(q, self.queue, slots)  # (N, K)
+        scaled = q / self.T  # a division of (N, C) instead of one of the logits
+        positive = (scaled * k).sum(dim=1, keepdim=True)  # (N, 1)
+        similarity = _QueueSimilarity.apply(scaled, self.queue, slots)  # (N, K)
         columns = [positive, similarity]
         if any(counts):
             hard = hardest(similarity.detach(), self.n_hard)  # (N, n_hard)
             synthetic = synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator)  # (N, S, C)
-            columns.append(torch.bmm(q[:, None], synthetic.transpose(1, 2)).squeeze(1))  # (N, S)
-        return torch.cat(columns, dim=1).div_(self.T)
+            columns.append(torch.bmm(scaled[:, None], synthetic.transpose(1, 2)).squeeze(1))  # (N, S)
+        return torch.cat(columns, dim=1)
 
     @torch.no_grad()
     def _keys(self, im_k, step):
