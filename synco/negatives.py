@@ -87,8 +87,9 @@ def hardest(similarity, n_hard):
     similarity (N, K), n_hard <= K → (N, n_hard) row indices. The order is part of the result: draws pick
     positions in it, so it must not depend (but for ties) on how a device happens to select.
 
-    In two stages, which took half of topk's time on a CPU: the columns fall into groups of 8, and each of the n_hard most similar
-    lies in one of the n_hard groups with the largest maxima (any other group has n_hard larger values before it).
+    In two stages, which took half of topk's time on a CPU: the columns fall into groups of 8, and each of the n_hard
+    most similar lies in one of the n_hard groups with the largest maxima (any other group has n_hard larger values
+    before it).
     """
     N, K = similarity.shape
     if K % 8 or 8 * n_hard >= K:
