@@ -9,7 +9,8 @@ On all GPUs of this machine, in the published settings:
 On one GPU, or on a CPU for trying it out (torchrun --nproc-per-node N works too):
 
   python main_synco.py -a resnet18 --img-size 32 --epochs 5 --warmup-epochs 1 -b 128 --moco-k 4096 --n-hard 64 \\
-    --mlp --moco-t 0.2 --aug-plus --cos --knn-freq 1 --save-dir runs/try FOLDER
+    --n1 16 --n2 16 --n3 16 --n4 4 --n5 4 --n6 4 --mlp --moco-t 0.2 --aug-plus --cos \\
+    --knn-freq 1 --save-dir runs/try FOLDER
 
 DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE. Writes checkpoint_0000.pth.tar ..., config.json,
 log.jsonl and TensorBoard files.
@@ -303,6 +304,8 @@ def resume_path(args):
         path = newest
     else:
         path = args.resume or None
+        if path and not os.path.isfile(path):
+            raise UserError(f"{path}: no such checkpoint file")
         inside = path and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
         if inside and args.overwrite:
             raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
@@ -387,6 +390,8 @@ def describe(args, process, batch, steps, start_epoch, path, before):
         changed = [f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value]
         if changed:
             print(f"{'changed':18} {'; '.join(changed)}")
+        if start_epoch == args.epochs:  # nothing left to train: config.json stays what it says of the run
+            return
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     config = vars(args) | facts | {"command": shlex.join(sys.argv), "versions": versions}
     target = os.path.join(args.save_dir, "config.json")

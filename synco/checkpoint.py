@@ -44,7 +44,7 @@ def load(path):
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
     except DAMAGED as error:
-        raise UserError(f"{path}: not a whole checkpoint file ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a whole checkpoint file: truncated, damaged or of another kind") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'state_dict'")
     strange = [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, torch.Tensor)]

@@ -3,6 +3,7 @@
 World size 1 and a CPU are ordinary cases: without a process group the collectives below act on one process.
 """
 
+import gc
 import inspect
 import logging
 import os
@@ -19,6 +20,8 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from synco.options import UserError, usable_cpus
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,11 @@ def launch(worker, parse):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _report(error)
         sys.exit(2)
-    start(worker, args)
+    try:
+        start(worker, args)
+    except KeyboardInterrupt:
+        _report("interrupted")
+        sys.exit(INTERRUPTED)
 
 
 def _plan(args):
@@ -215,19 +222,23 @@ def _enter(worker, args, process, connect):
         torch.cuda.set_device(process.device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cpus() // process.local_size))
-    store, done = None, False
+    store, status = None, None
     try:
         store = connect()
         if store is not None:
             backend = args.dist_backend or ("nccl" if process.device.type == "cuda" else "gloo")
             dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size)
         worker(process, args)
-        done = True
+        status = 0
     except (UserError, FloatingPointError) as error:
         # Of the processes that get here the first speaks for all.
         if (process.local_rank == 0) if store is None else _failures(store, 1) in (1, None):
             _report(error)
-        _leave(2 if isinstance(error, UserError) else 1, process)
+        status = 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        if process.world_size == 1:
+            raise
+        status = INTERRUPTED  # the launcher says it
     except RuntimeError:
         failures = 0 if store is None else _failures(store, 0)
         if failures == 0:
@@ -237,14 +248,15 @@ def _enter(worker, args, process, connect):
         # This process lost a peer to the peer's own error, which the peer reports. Its launcher is to see the peer's
         # end and status first, and ends this process then.
         time.sleep(5)
-        _leave(2, process)
+        status = 2
     finally:
-        if not done and store is not None:
+        if status is None and store is not None:
             _failures(store, 1)  # a bug: the peers need not report that they lost this process
-    if store is not None:
-        if dist.get_backend() == "nccl":
-            dist.destroy_process_group()
-        _leave(0, process)
+    if status == 0 and store is not None and dist.get_backend() == "nccl":
+        dist.destroy_process_group()
+    if status or store is not None:
+        gc.collect()  # ends loading workers that the error's traceback kept
+        _leave(status, process)
 
 
 def _failures(store, more):

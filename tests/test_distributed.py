@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -193,10 +194,14 @@ def parse():
     options.add_distributed(parser)
     parser.add_argument("--fail", default="")
     parser.add_argument("--on", type=int, default=-1)
+    parser.add_argument("--sleep", action="store_true")
     return parser.parse_args()
 
 def run(process, args):
     total = distributed.total(torch.ones(1)).item()
+    if args.sleep:
+        os.write(1, b"asleep\\n")
+        time.sleep(60)
     if args.fail and args.on in (-1, process.rank):
         if args.fail == "kill":
             os.kill(os.getpid(), 9)
@@ -225,7 +230,9 @@ def launch(tmp_path):
         words += [str(path), *flags]
         kept = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
         kept |= {"PYTHONPATH": str(ROOT), **(env or {})}
-        started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept)
+        started = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept, start_new_session=True
+        )
         if not wait:
             return started
         out, err = started.communicate(timeout=120)
@@ -373,6 +380,16 @@ def test_when_rank_0_fails_on_another_node_no_traceback_is_left(launch):
     assert errors[0] == "program.py: error: what is wrong\n"
     assert "Traceback" not in errors[1]  # c10d itself may warn that the store has gone
     assert [one.returncode for one in ranks] == [2, 2]
+
+
+@pytest.mark.parametrize("flags", [(), (*SPAWN, "--nproc-per-node", "2")])
+def test_an_interrupted_program_says_so_in_one_line(launch, flags):
+    started = launch(*flags, "--sleep", wait=False)
+    for _ in range(2 if flags else 1):
+        assert started.stdout.readline() == "asleep\n"
+    os.killpg(started.pid, signal.SIGINT)  # what Ctrl-C does: every process gets it
+    out, err = started.communicate(timeout=60)
+    assert (started.returncode, out, err) == (130, "", "program.py: error: interrupted\n")
 
 
 def test_a_worker_that_is_killed_is_said(launch):
