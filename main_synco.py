@@ -425,6 +425,7 @@ def pair_grid(im_q, im_k, pairs=8):
 
 
 def say(process, text):
+    """Print, in rank 0 alone."""
     if process.rank == 0:
         print(text, flush=True)
 

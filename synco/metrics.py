@@ -115,6 +115,7 @@ class Log:
             self.board.add_image(name, grid, step)
 
     def close(self):
+        """Flush and close both."""
         if self.active:
             self.lines.close()
             self.board.close()
