@@ -17,29 +17,21 @@ log.jsonl and TensorBoard files.
 """
 
 import copy
-import json
 import math
 import os
-import platform
-import shlex
-import sys
-import tempfile
-import time
 
 import torch
 import torch.nn.functional as F
 import torchvision
 
 from synco import checkpoint, distributed, knn, loader, metrics, options
-from synco.builder import SynCo, features, torchvision_network
+from synco.builder import SynCo, features, fitting, torchvision_network
+from synco.distributed import say
 from synco.negatives import TYPES
 from synco.options import UserError, number
 
 # flags that may differ between a run and its continuation without a word
-UNRELATED = set(
-    "data workers resume overwrite save_dir log_dir print_freq save_freq keep knn_freq knn_k start_epoch counts "
-    "deterministic world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
-)
+UNRELATED = options.UNRELATED | {"save_freq", "keep", "knn_freq", "knn_k", "counts"}
 
 
 def parse():
@@ -101,7 +93,7 @@ def run(process, args):
     path, saved = find_checkpoint(args)
     before = saved["config"] if saved else {}
     args.deterministic = args.seed is not None or before.get("deterministic") is True
-    args.seed = distributed.from_rank_0(choose_seed(args.seed, path, before))
+    args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, path, before))
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
 
     batch = batch_of_each(args, process)
@@ -125,13 +117,13 @@ def run(process, args):
     def evaluate(epoch):
         top1 = knn.accuracy(model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k)
         log.write("knn", epoch * steps, epoch=epoch, top1=top1)
-        say(process, f"kNN after {epoch} epochs: {top1:.2f} %")
+        say(f"kNN after {epoch} epochs: {top1:.2f} %")
 
     due = args.knn_freq and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs)
     if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
         evaluate(start_epoch)
     for epoch in range(start_epoch, args.epochs):
-        batches.sampler.set_epoch(epoch)
+        batches.batch_sampler.sampler.set_epoch(epoch)
         lr = learning_rate(epoch, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -142,16 +134,14 @@ def run(process, args):
         if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
             evaluate(done)
     log.close()
-    say(process, f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
+    say(f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
 
 
 def batch_of_each(args, process):
     """How many images a process takes in a step: its share of --batch-size, which is that of a node."""
     if args.sync_bn and process.device.type == "cpu":
         raise UserError("--sync-bn needs GPUs, and this machine has none")
-    batch, rest = divmod(args.batch_size, process.local_size)
-    if rest:
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by a node's {process.local_size} processes")
+    batch = loader.batch_each(args.batch_size, process.local_size)
     if batch % args.bn_splits or batch // args.bn_splits < 2:
         raise UserError(
             f"--batch-size {args.batch_size} --bn-splits {args.bn_splits}: the {batch} images of a process "
@@ -175,9 +165,7 @@ def load_data(args, process, batch):
         return batches, None, len(images.classes)
 
     val = loader.image_folder(args.data, "val")
-    if images.classes != val.classes:
-        strange = sorted(set(images.classes) ^ set(val.classes))
-        raise UserError(f"{args.data}: train and val hold different classes: {', '.join(strange[:5])}")
+    loader.same_classes(images, val, args.data)
     bank = copy.copy(images)  # the same index, other views
     bank.transform = val.transform = loader.center_view(args.img_size)
     monitor = [loader.eval_loader(part, batch, process=process, workers=workers) for part in (bank, val)]
@@ -187,7 +175,7 @@ def load_data(args, process, batch):
 def make_model(args, device):
     """The model on its device; sees that the network takes images of --img-size."""
     torch.manual_seed(args.seed)  # the same start in every process
-    try:
+    with fitting(args.arch, args.img_size):
         model = SynCo(
             torchvision_network(args.arch, args.img_size),
             args.moco_dim,
@@ -203,32 +191,21 @@ def make_model(args, device):
             bn_splits=args.bn_splits,
             seed=args.seed,
         )
-    except (ValueError, AssertionError) as error:  # the second from networks that are built for one image size
-        raise UserError(f"-a {args.arch} --img-size {args.img_size}: {str(error).splitlines()[0]}") from error
     if args.sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules()):
             raise UserError(f"--sync-bn: {args.arch} has no BatchNorm")
     model.to(device).eval()
-    try:
-        with torch.no_grad():
-            features(model.encoder_q, model.head, torch.zeros(2, 3, args.img_size, args.img_size, device=device))
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"-a {args.arch} --img-size {args.img_size}: {str(error).splitlines()[0]}") from error
+    with fitting(args.arch, args.img_size), torch.no_grad():
+        features(model.encoder_q, model.head, torch.zeros(2, 3, args.img_size, args.img_size, device=device))
     return model.train()
 
 
 def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args):
     """One epoch. Numbers are read back from the device at print steps only."""
     device, first = process.device, epoch * steps
-    averages = metrics.Averages()
-    began = since = time.perf_counter()
-    waited, printed = 0.0, -1
-    asked = time.perf_counter()
-    for i, (im_q, im_k, _) in enumerate(batches):
-        waited += time.perf_counter() - asked
+    averages, pace, printed = metrics.Averages(), metrics.Pace(), -1
+    for i, (im_q, im_k, _) in pace.watch(batches):
         im_q, im_k = (im.to(device, non_blocking=True) for im in (im_q, im_k))
         if first + i == 0:
             log.images("pairs", pair_grid(im_q, im_k) if process.rank == 0 else None, 0)
@@ -250,26 +227,20 @@ def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, ar
                     f"the loss is {numbers['loss']} between steps {printed + 1} and {i} of epoch {epoch} (lr {lr:g}); "
                     f"last good checkpoint: {saved[-1][1] if saved else 'none'}"
                 )
-            now = time.perf_counter()
-            numbers |= {
-                "lr": lr,
-                "images_per_second": (i - printed) * len(im_q) * process.world_size / (now - since),
-                "data_share": waited / (now - since),
-            }
+            printed = i
+            numbers |= {"lr": lr, **pace.read(process.world_size)}
             if process.rank == 0:
                 counts = dict(zip(TYPES, model.counts_at(epoch + i / steps)))
-                report(log, numbers, logits.detach(), counts, epoch, i, steps, now - began, args)
-            since, waited, printed = time.perf_counter(), 0.0, i
-        asked = time.perf_counter()
+                left = pace.left((args.epochs - epoch) * steps - i - 1)
+                report(log, numbers, logits.detach(), counts, epoch, i, steps, left, args)
 
 
-def report(log, numbers, logits, counts, epoch, i, steps, elapsed, args):
+def report(log, numbers, logits, counts, epoch, i, steps, left, args):
     """A progress line, and the same numbers with the negatives' hardness as a log line."""
-    left = elapsed / (i + 1) * ((args.epochs - epoch) * steps - i - 1)
     print(
         f"Epoch {epoch} [{i + 1:{len(str(steps))}}/{steps}]  loss {numbers['loss']:.4f}  acc@1 {numbers['acc1']:5.2f}  "
         f"acc@5 {numbers['acc5']:5.2f}  real acc@1 {numbers['acc1_real']:5.2f}  "
-        f"{numbers['images_per_second']:.0f} images/s  data {numbers['data_share']:.0%}  ETA {metrics.duration(left)}",
+        f"{numbers['images_per_second']:.0f} images/s  data {numbers['data_share']:.0%}  ETA {left}",
         flush=True,
     )
     found = metrics.hardness(logits, counts, K=args.moco_k, T=args.moco_t, n_hard=args.n_hard)
@@ -290,10 +261,7 @@ def find_checkpoint(args):
     path = distributed.from_rank_0(resume_path(args) if distributed.rank() == 0 else None)
     if not path:
         return None, None
-    saved = checkpoint.load(path)
-    if not isinstance(saved.get("config"), dict):  # MoCo's and SynCo's own have none
-        saved["config"] = {}
-    return path, saved
+    return path, checkpoint.load(path)
 
 
 def resume_path(args):
@@ -322,31 +290,12 @@ def resume_path(args):
     return path
 
 
-def choose_seed(given, path, before):
-    """The run's seed: as given, as in the checkpoint's settings, or a new one."""
-    stored = before.get("seed")
-    if isinstance(stored, int) and 0 <= stored < 2**32:
-        if given not in (None, stored):
-            raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
-        return stored
-    return int.from_bytes(os.urandom(4), "little") if given is None else given
-
-
 def prepare_folders(args, fresh):
     """Make the output folders if both can be written; a fresh start removes what another left in them.
 
     `resume_path` has seen to it that this is a run that --overwrite gives up, or one that left no checkpoint.
     """
-    for folder in (args.save_dir, args.log_dir):
-        there = os.path.abspath(folder)
-        while not os.path.lexists(there):
-            there = os.path.dirname(there)
-        try:
-            tempfile.TemporaryFile(dir=there).close()
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    for folder in (args.save_dir, args.log_dir):
-        os.makedirs(folder, exist_ok=True)
+    checkpoint.make_folders(args.save_dir, args.log_dir)
     old = [path for _, path in checkpoint.numbered(args.save_dir)] if args.overwrite else []
     for path in old + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
         os.remove(path)
@@ -370,35 +319,24 @@ def method(args):
 
 def describe(args, process, batch, steps, start_epoch, path, before):
     """Print what is about to run, and store it as config.json."""
-    device = f"{process.device}"
-    if process.device.type == "cuda":
-        device += f" ({torch.cuda.get_device_name(process.device)})"
     facts = {
         "method": method(args),
-        "device": device,
+        "device": metrics.device_name(process.device),
         "world_size": process.world_size,
         "batch_per_process": batch,
         "global_batch": batch * process.world_size,
         "steps_per_epoch": steps,
         "seed": args.seed,
     }
-    for name, value in facts.items():
-        print(f"{name.replace('_', ' '):18} {value}")
+    metrics.tell(facts)
     if path:
-        print(f"{'resumed':18} {path}, {start_epoch} epochs done")
-        now = {name: value for name, value in vars(args).items() if name in before and name not in UNRELATED}
-        changed = [f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value]
+        metrics.tell({"resumed": f"{path}, {start_epoch} epochs done"})
+        changed = options.changed(before, args, UNRELATED)
         if changed:
-            print(f"{'changed':18} {'; '.join(changed)}")
+            metrics.tell({"changed": "; ".join(changed)})
         if start_epoch == args.epochs:  # nothing left to train: config.json stays what it says of the run
             return
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
-    config = vars(args) | facts | {"command": shlex.join(sys.argv), "versions": versions}
-    target = os.path.join(args.save_dir, "config.json")
-    with open(target + ".tmp", "w") as file:
-        json.dump(config, file, indent=1)
-        file.write("\n")
-    os.replace(target + ".tmp", target)
+    metrics.write_json(os.path.join(args.save_dir, "config.json"), vars(args) | facts | metrics.origin())
 
 
 def save(model, optimizer, done, step, args):
@@ -422,12 +360,6 @@ def pair_grid(im_q, im_k, pairs=8):
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (loader.IMAGENET_MEAN, loader.IMAGENET_STD))
     views = torch.cat([im_q[:pairs], im_k[:pairs]]).cpu() * std + mean
     return torchvision.utils.make_grid(views.clamp(0, 1), nrow=min(pairs, len(im_q)))
-
-
-def say(process, text):
-    """Print, in rank 0 alone."""
-    if process.rank == 0:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

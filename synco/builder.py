@@ -1,5 +1,6 @@
 """The SynCo model: two encoders, the queue of past keys, and the logits of the contrastive loss."""
 
+import contextlib
 import copy
 from functools import partial
 
@@ -10,6 +11,7 @@ import torchvision
 
 from synco import distributed
 from synco.negatives import TYPES, hardest, synthesize
+from synco.options import UserError
 
 
 class SynCo(nn.Module):
@@ -266,6 +268,17 @@ def torchvision_network(arch, img_size):
     elif arch.startswith("maxvit"):
         options = {"input_size": (img_size, img_size)}
     return partial(torchvision.models.get_model, arch, weights=None, **options)
+
+
+@contextlib.contextmanager
+def fitting(arch, img_size):
+    """Around the building and the first use of a network: what it cannot do becomes a UserError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"-a {arch} --img-size {img_size}: {str(error).splitlines()[0]}") from error
 
 
 def features(network, head, images):

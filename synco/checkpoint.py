@@ -1,10 +1,12 @@
 """Checkpoints: written atomically, loaded without executing anything, resumed exactly; ours, SynCo's and MoCo's."""
 
 import glob
+import hashlib
 import os
 import pickle
 import re
 import struct
+import tempfile
 
 import torch
 
@@ -16,6 +18,8 @@ DAMAGED = (
 )  # fmt: skip
 
 PREFIX = "module."  # what DistributedDataParallel writes, and what the published tools expect
+ENCODER = "encoder_q."  # the query encoder in a pretraining checkpoint
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvision's weights, which we do not build
 
 
 def save(checkpoint, path):
@@ -35,6 +39,8 @@ def save(checkpoint, path):
 def load(path):
     """A checkpoint as a dict of CPU tensors and plain values, new or old format; nothing in it is executed.
 
+    It has a `state_dict` (a file of weights alone becomes one) and a `config`, empty where the file has none.
+
     Raises UserError that names a file which is missing, truncated, not a checkpoint, or needs more than tensors.
     """
     if not os.path.isfile(path):
@@ -45,11 +51,17 @@ def load(path):
         raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
     except DAMAGED as error:
         raise UserError(f"{path}: not a whole checkpoint file: truncated, damaged or of another kind") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: not a checkpoint: it holds a {type(checkpoint).__name__}")
+    if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        checkpoint = {"state_dict": checkpoint}  # weights alone, as torchvision's are
+    if not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'state_dict'")
     strange = [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, torch.Tensor)]
     if strange:
         raise UserError(f"{path}: not a checkpoint: {strange[0]!r} in its 'state_dict' is no tensor")
+    if not isinstance(checkpoint.get("config"), dict):  # MoCo's and SynCo's own have none
+        checkpoint["config"] = {}
     return checkpoint
 
 
@@ -95,36 +107,119 @@ def resume(checkpoint, path, model, optimizer, arch):
     found = unprefixed(checkpoint["state_dict"])
     if "queue" in found and found["queue"].shape != wanted["queue"].shape == found["queue"].T.shape:
         found["queue"] = found["queue"].T.contiguous()
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{name} is unknown" for name in found if name not in wanted]
-    wrong += [
-        f"{name} is {tuple(found[name].shape)} and should be {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
-    ]
+    wrong = differences(found, wanted)
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{path}: does not fit this model (dim, K, mlp?): {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{path}: does not fit this model (dim, K, mlp?): {wrong}")
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its optimizer state does not fit ({_first_line(error)})") from error
+    load_optimizer(checkpoint, path, optimizer)
     for group, setting in zip(optimizer.param_groups, settings):
         group.update(setting)  # the command line says lr, momentum and weight decay, the checkpoint the buffers
     model.load_state_dict(found)
     return checkpoint["epoch"]
 
 
-def backbone(checkpoint, path, head="fc"):
+def load_optimizer(checkpoint, path, optimizer):
+    """Load a checkpoint's optimiser. Raises UserError if it does not fit."""
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer state does not fit ({_first_line(error)})") from error
+
+
+def differences(found, wanted):
+    """How the tensors of two state dicts differ in names and shapes, in words; "" where they do not.
+
+    BatchNorm's `num_batches_tracked` may lack: weights of the time before it have none, and nothing here reads it.
+    """
+    kinds = {
+        "missing": [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")],
+        "unknown": [name for name in found if name not in wanted],
+        "of another shape": [
+            f"{name} ({tuple(found[name].shape)} where {tuple(wanted[name].shape)} is wanted)"
+            for name in wanted
+            if name in found and found[name].shape != wanted[name].shape
+        ],
+    }
+    return "; ".join(
+        f"{kind}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for kind, names in kinds.items()
+        if names
+    )
+
+
+def backbone(checkpoint, path, head="fc", *, arch=None, classifier=False):
     """The backbone's weights in a checkpoint, under torchvision's names, without the head.
 
-    checkpoint: from `load`: ours, SynCo's or MoCo's pretraining (the query encoder is taken), with or without
-    `module.`. head: the head's name, left out. Raises UserError if there is no query encoder.
+    checkpoint: from `load`: ours, SynCo's or MoCo's pretraining (the query encoder is taken), or a network of
+    torchvision's, with or without `module.`; a trained classifier with `classifier=True` alone.
+    head: the head's name, left out; arch: the network's name, compared with the checkpoint's if it has one.
+    Raises UserError if the checkpoint is of another network or a classifier's.
     """
+    if arch and checkpoint.get("arch", arch) != arch:
+        raise UserError(f"{path}: is a checkpoint of {checkpoint['arch']!r}; --arch is {arch!r}")
+    if is_classifier(checkpoint) and not classifier:
+        raise UserError(f"{path}: is a classifier's checkpoint; --pretrained takes a pretraining's")
     weights = unprefixed(checkpoint["state_dict"])
-    encoder = "encoder_q."
-    found = {name.removeprefix(encoder): w for name, w in weights.items() if name.startswith(encoder)}
-    if not found:
-        raise UserError(f"{path}: not a pretraining checkpoint: it has no {encoder}* weights")
-    return {name: weight for name, weight in found.items() if not name.startswith(head + ".")}
+    if is_pretraining(checkpoint):
+        weights = {name.removeprefix(ENCODER): w for name, w in weights.items() if name.startswith(ENCODER)}
+    return {name: w for name, w in weights.items() if not name.startswith((head + ".", *AUXILIARY))}
+
+
+def is_classifier(checkpoint):
+    """Whether it comes from a linear probe or a fine-tuning."""
+    return "best_acc1" in checkpoint
+
+
+def is_pretraining(checkpoint):
+    """Whether it comes from a contrastive pretraining."""
+    return any(name.startswith(ENCODER) for name in unprefixed(checkpoint["state_dict"]))
+
+
+def load_backbone(network, head, weights, path):
+    """Put a `backbone` into a network, all but its head → how many tensors.
+
+    Raises UserError that names the tensors that are missing, unknown, of another shape or not finite; the network is
+    then as it was.
+    """
+    wanted = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head + ".")}
+    wrong = differences(weights, wanted)
+    if wrong:
+        raise UserError(f"{path}: its weights do not fit this network: {wrong}")
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)")
+    network.load_state_dict(weights, strict=False)  # strict but for the head
+    return len(weights)
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def choose_seed(given, path, config):
+    """A run's seed: as given, as in the settings of the checkpoint it goes on from, or a new one."""
+    stored = config.get("seed")
+    if isinstance(stored, int) and 0 <= stored < 2**32:
+        if given not in (None, stored):
+            raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
+        return stored
+    return int.from_bytes(os.urandom(4), "little") if given is None else given
+
+
+def make_folders(*folders):
+    """Make these folders, all or none. Raises UserError that names one that cannot be written."""
+    for folder in folders:
+        there = os.path.abspath(folder)
+        while not os.path.lexists(there):
+            there = os.path.dirname(there)
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)

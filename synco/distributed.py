@@ -372,6 +372,12 @@ def from_rank_0(value):
     return box[0]
 
 
+def say(text):
+    """Print a line, in rank 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def share_buffers(module):
     """Give every process rank 0's buffers, in place: BatchNorm statistics differ between processes in training."""
     if dist.is_initialized():

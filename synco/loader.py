@@ -3,12 +3,13 @@
 Every draw is a function of (seed, epoch, image index), so neither the number of workers nor what ran before matters.
 """
 
+import contextlib
 import math
 import os
 
 import torch
 from PIL import Image, ImageFilter
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -40,6 +41,16 @@ def image_folder(root, split):
         return ImageFolder(folder, loader=read_image)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: {str(error).splitlines()[0]}; it should hold CLASS/IMAGE") from error
+
+
+def same_classes(train, val, root):
+    """Raise UserError that lists the classes which only one of two `image_folder`s under `root` has."""
+    one_sided = [(name, "train") for name in train.classes if name not in val.class_to_idx]
+    one_sided += [(name, "val") for name in val.classes if name not in train.class_to_idx]
+    if one_sided:
+        named = ", ".join(f"{name} (in {split} only)" for name, split in sorted(one_sided)[:5])
+        more = f" and {len(one_sided) - 5} more" if len(one_sided) > 5 else ""
+        raise UserError(f"{root}: train and val hold different classes: {named}{more}")
 
 
 class GaussianBlur:
@@ -74,6 +85,11 @@ def augmentation(size, plus, blur=False):
     return transforms.Compose([crop, grayscale, transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, to_tensor()])
 
 
+def classifier_augmentation(size):
+    """A training view of the linear probe and of fine-tuning: a random crop and flip. PIL image → (3, size, size)."""
+    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), to_tensor()])
+
+
 def center_view(size):
     """The centre of an image: resized to 256/224 of `size` (below 64 pixels to `size`), centre-cropped.
 
@@ -83,11 +99,19 @@ def center_view(size):
     return transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size), to_tensor()])
 
 
-class TwoCrops(Dataset):
-    """Two augmented views of each image, drawn from (seed, epoch, image index).
+@contextlib.contextmanager
+def _drawing(seed, epoch, index):
+    """Lend torch's default generator, which torchvision's transforms draw from, this image's own seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(distributed.seed_of("crops", seed, epoch, index))
+        yield
+
+
+class Augmented(Dataset):
+    """One augmented view of each image and its label, drawn from (seed, epoch, image index).
 
     dataset: items (PIL image, label); keys are pairs (epoch, index), as `EpochSampler` gives them.
-    Items: im_q (3, H, W), im_k (3, H, W), index.
+    Items: image (3, H, W), label.
     """
 
     def __init__(self, dataset, transform, seed):
@@ -98,10 +122,18 @@ class TwoCrops(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
+        image, label = self.dataset[index]
+        with _drawing(self.seed, epoch, index):
+            return self.transform(image), label
+
+
+class TwoCrops(Augmented):
+    """Two augmented views of each image. Items: im_q (3, H, W), im_k (3, H, W), index."""
+
+    def __getitem__(self, key):
+        epoch, index = key
         image, _ = self.dataset[index]
-        # torchvision's transforms draw from torch's default generator: lend it this image's own seed
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(distributed.seed_of("crops", self.seed, epoch, index))
+        with _drawing(self.seed, epoch, index):
             return self.transform(image), self.transform(image), index
 
 
@@ -112,19 +144,49 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
+class WholeBatches(BatchSampler):
+    """All keys of a sampler in batches, the last one smaller; a single key left over joins the batch before.
+
+    In train mode BatchNorm cannot take one image by itself.
+    """
+
+    def __init__(self, sampler, batch_size):
+        super().__init__(sampler, batch_size, drop_last=False)
+
+    def __len__(self):
+        full, rest = divmod(len(self.sampler), self.batch_size)
+        return full + (rest > 1 or full == 0)
+
+    def __iter__(self):
+        keys, count = list(self.sampler), len(self)
+        for i in range(count):
+            yield keys[i * self.batch_size : (i + 1) * self.batch_size if i < count - 1 else None]
+
+
 def workers_each(total, local_size):
     """Loading workers of one process of `local_size`, from those of the node, capped at its CPUs."""
     return math.ceil(min(total, usable_cpus()) / local_size)
 
 
-def train_loader(dataset, batch_size, *, process, workers, seed):
-    """Batches of `batch_size` for this process, the incomplete last one left out; call `.sampler.set_epoch` first."""
-    sampler = EpochSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed, drop_last=True)
+def batch_each(total, local_size):
+    """Images a step of one process of `local_size`, from those of the node. Raises UserError if that is no number."""
+    batch, rest = divmod(total, local_size)
+    if rest or not batch:
+        raise UserError(f"--batch-size {total} is not divisible by a node's {local_size} processes")
+    return batch
+
+
+def train_loader(dataset, batch_size, *, process, workers, seed, keep_last=False):
+    """Shuffled batches of `batch_size` for this process; call `.batch_sampler.sampler.set_epoch` first.
+
+    Without keep_last the incomplete last batch is left out, and the images that do not divide among the processes.
+    With it every image is seen (see `WholeBatches`); up to one a process twice, so that all processes have as many.
+    """
+    sampler = EpochSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed, drop_last=not keep_last)
+    batches = WholeBatches(sampler, batch_size) if keep_last else BatchSampler(sampler, batch_size, drop_last=True)
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
-        drop_last=True,
+        batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=process.device.type == "cuda",

@@ -4,9 +4,13 @@ import glob
 import json
 import math
 import os
+import platform
+import shlex
+import sys
 import time
 
 import torch
+import torchvision
 
 
 class Averages:
@@ -30,6 +34,37 @@ class Averages:
         found = dict(zip(self.sums, means))
         self.sums, self.steps = {}, 0
         return found
+
+
+class Pace:
+    """How fast an epoch goes: images a second, the share of the time spent waiting for them, and what is left."""
+
+    def __init__(self):
+        self.began = self.since = time.perf_counter()
+        self.waited = 0.0
+        self.steps = self.images = 0
+
+    def watch(self, batches):
+        """The batches and their numbers, (0, batch), (1, batch), ..., while measuring the wait for each."""
+        asked = time.perf_counter()
+        for i, batch in enumerate(batches):
+            self.waited += time.perf_counter() - asked
+            self.steps += 1
+            self.images += len(batch[0])
+            yield i, batch
+            asked = time.perf_counter()
+
+    def read(self, processes):
+        """{"images_per_second" (of that many processes), "data_share"} since the last read."""
+        now = time.perf_counter()
+        passed = now - self.since
+        found = {"images_per_second": self.images * processes / passed, "data_share": self.waited / passed}
+        self.since, self.waited, self.images = now, 0.0, 0
+        return found
+
+    def left(self, steps):
+        """Time for that many further steps, as "h:mm:ss"."""
+        return duration((time.perf_counter() - self.began) / self.steps * steps)
 
 
 @torch.no_grad()
@@ -135,6 +170,31 @@ def read_log(path):
             if text.endswith("\n"):
                 lines.append(json.loads(text))
     return lines
+
+
+def tell(facts):
+    """Print {name: value}, a line each."""
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):18} {value}", flush=True)
+
+
+def device_name(device):
+    """ "cpu", or "cuda:0 (NVIDIA ...)"."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def origin():
+    """The command line and the versions of Python and the packages, to be stored with what they made."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"command": shlex.join(sys.argv), "versions": versions}
+
+
+def write_json(path, content):
+    """Write a JSON file that is whole at every moment."""
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
 
 
 def duration(seconds):

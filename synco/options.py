@@ -11,6 +11,19 @@ class UserError(ValueError):
     """A mistake of the user's: the launcher prints its one line on stderr and exits with status 2."""
 
 
+# flags that may differ between a run and its continuation without a word
+UNRELATED = set(
+    "data workers resume overwrite save_dir log_dir print_freq start_epoch deterministic "
+    "world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
+)
+
+
+def changed(before, args, unrelated=UNRELATED):
+    """What differs between a stored run's settings (a dict) and today's: ["lr 0.03 → 0.5", ...]."""
+    now = {name: value for name, value in vars(args).items() if name in before and name not in unrelated}
+    return [f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value]
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """The description as it stands, and every flag's default where there is one."""
 
@@ -80,12 +93,27 @@ def add_run(parser, *, epochs, batch_size, save_dir):
     flag("-b", "--batch-size", default=batch_size, type=number(int, 1), help="per node, shared by its processes")
     flag("-p", "--print-freq", default=10, type=number(int, 1), help="steps between progress lines")
     flag("--resume", default="", metavar="PATH", help="checkpoint to go on from; 'auto': the newest in --save-dir")
-    flag("--save-dir", default=save_dir, metavar="FOLDER", help="folder for checkpoints and config.json")
+    beside = "" if save_dir else " (unset: a folder beside the checkpoint, named after the run)"
+    flag("--save-dir", default=save_dir, metavar="FOLDER", help=f"folder for checkpoints and config.json{beside}")
     flag("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
     flag("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
     flag(
         "--seed", type=number(int, 0, 2**32 - 1), help="of every random draw (unset: one is drawn, printed and stored)"
     )
+
+
+def add_classifier(parser):
+    """What the linear probe and the fine-tuning have in common."""
+    flag = parser.add_argument
+    flag(
+        "--pretrained",
+        metavar="PATH",
+        help="checkpoint of SynCo or MoCo, or a torchvision network's weights; 'random': untrained, as a baseline",
+    )
+    flag("-e", "--evaluate", action="store_true", help="only validate the classifier that --resume names")
+    flag("--eval-train", action="store_true", help="validate on the training images, too")
+    flag("--save-confusion", action="store_true", help="write confusion.csv: a row a class, a column a prediction")
+    flag("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
 
 
 def add_distributed(parser):

@@ -103,12 +103,74 @@ def test_moco_published_weights_load(tmp_path, old_format):
         checkpoint.resume(checkpoint.load(path), path, model, optimizer, "resnet18")
 
 
-def test_backbone_needs_a_query_encoder(published):
+def names_of(network):
+    return {name for name in network.state_dict() if not name.startswith("fc.")}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_the_backbone_of_torchvisions_weights(tmp_path, prefix, bare):
+    torch.manual_seed(3)
+    source, network = torchvision.models.resnet18(), torchvision.models.resnet18(num_classes=7)
+    weights = {prefix + name: tensor for name, tensor in source.state_dict().items()}
+    torch.save(weights if bare else {"state_dict": weights}, tmp_path / "x.pth")
+    found = checkpoint.backbone(checkpoint.load(tmp_path / "x.pth"), "x.pth", arch="resnet18")
+    assert checkpoint.load_backbone(network, "fc", found, "x.pth") == len(names_of(source)) == 120
+    assert all(torch.equal(network.state_dict()[name], source.state_dict()[name]) for name in names_of(source))
+
+
+def test_the_backbone_of_a_pretraining_is_the_query_encoder(published):
     content, model, _ = published
     found = checkpoint.backbone(content, "x")
-    assert set(found) == {n for n in torchvision.models.resnet18().state_dict() if not n.startswith("fc.")}
-    with pytest.raises(UserError, match="x: not a pretraining checkpoint: it has no encoder_q"):
-        checkpoint.backbone({"state_dict": torchvision.models.resnet18().state_dict()}, "x")
+    encoder = model.encoder_q.state_dict()
+    assert set(found) == names_of(torchvision.models.resnet18())
+    assert all(torch.equal(found[name], encoder[name]) for name in found)
+    old = {name: w for name, w in found.items() if not name.endswith("num_batches_tracked")}  # before torch 0.4.1
+    network = torchvision.models.resnet18()
+    assert checkpoint.load_backbone(network, "fc", old, "x") == 100
+    assert all(torch.equal(network.state_dict()[name], old[name]) for name in old)
+    # weights in half precision, and the auxiliary classifiers of torchvision's own files
+    half = {name: w.half() if w.is_floating_point() else w for name, w in found.items()}
+    assert checkpoint.load_backbone(network, "fc", half, "x") == 120 and network.conv1.weight.dtype == torch.float32
+    assert checkpoint.backbone({"state_dict": {"conv.w": 1, "aux1.fc1.weight": 2, "fc.weight": 3}}, "x") == {
+        "conv.w": 1
+    }
+
+
+def test_a_backbone_that_does_not_fit_is_refused_with_the_names(published):
+    content, _, _ = published
+    with pytest.raises(UserError, match="x: is a checkpoint of 'resnet18'; --arch is 'resnet50'"):
+        checkpoint.backbone(content, "x", arch="resnet50")
+    classifier = {"state_dict": torchvision.models.resnet18().state_dict(), "best_acc1": 12.5, "arch": "resnet18"}
+    with pytest.raises(UserError, match="x: is a classifier's checkpoint; --pretrained takes a pretraining's"):
+        checkpoint.backbone(classifier, "x")
+    assert set(checkpoint.backbone(classifier, "x", classifier=True)) == names_of(torchvision.models.resnet18())
+
+    network = torchvision.models.resnet18()
+    before = copy.deepcopy(network)
+    good = checkpoint.backbone(content, "x")
+    for change, message in (
+        ({"conv1.weight": None}, r"missing: conv1\.weight$"),
+        ({"conv1.weight": None, "bn1.weight": None, "bn1.bias": None, "layer4.0.conv1.weight": None}, "and 1 more$"),
+        ({"layer5.weight": torch.ones(2)}, r"unknown: layer5\.weight$"),
+        ({"bn1.bias": torch.ones(32)}, r"of another shape: bn1\.bias \(\(32,\) where \(64,\) is wanted\)$"),
+        ({"bn1.running_var": torch.full((64,), float("nan"))}, "bn1.running_var holds values that are not finite"),
+    ):
+        weights = {name: w for name, w in {**good, **change}.items() if w is not None}
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_backbone(network, "fc", weights, "x")
+        assert same(network, before)
+    deeper = checkpoint.backbone({"state_dict": torchvision.models.resnet152().state_dict()}, "x")
+    with pytest.raises(UserError, match="unknown: layer2.4.conv1.weight, "):  # every name of resnet50 is in it
+        checkpoint.load_backbone(torchvision.models.resnet50(), "fc", deeper, "x")
+    with pytest.raises(UserError, match="missing: conv1.weight, .*; unknown: encoder_k.conv1.weight, .* and 117 more"):
+        keys = {"encoder_k." + name: w for name, w in good.items()}
+        checkpoint.load_backbone(network, "fc", checkpoint.backbone({"state_dict": keys}, "x"), "x")
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert checkpoint.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 @pytest.mark.parametrize(
@@ -133,13 +195,13 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(published, change, mes
 def test_missing_unknown_and_misshapen_tensors_are_named(published):
     content, _, _ = published
     model, optimizer = resnet(seed=1, K=96)
-    with pytest.raises(UserError, match=r"queue is \(48, 16\) and should be \(96, 16\)"):
+    with pytest.raises(UserError, match=r"of another shape: queue \(\(48, 16\) where \(96, 16\) is wanted\)"):
         checkpoint.resume(content, "x", model, optimizer, "resnet18")
     state = dict(content["state_dict"])
     del state["module.encoder_q.conv1.weight"]
     state["module.extra"] = torch.zeros(1)
     model, optimizer = resnet(seed=1)
-    with pytest.raises(UserError, match="encoder_q.conv1.weight is missing; extra is unknown"):
+    with pytest.raises(UserError, match="missing: encoder_q.conv1.weight; unknown: extra$"):
         checkpoint.resume({**content, "state_dict": state}, "x", model, optimizer, "resnet18")
 
 

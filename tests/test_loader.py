@@ -126,7 +126,7 @@ def test_the_number_of_workers_changes_nothing(pairs):
         batches = loader.train_loader(pairs, 4, process=Process(), workers=workers, seed=9)
         epochs = []
         for epoch in (0, 1):
-            batches.sampler.set_epoch(epoch)
+            batches.batch_sampler.sampler.set_epoch(epoch)
             epochs.append(list(batches))
         found.append(epochs)
     for other in found[1:]:
@@ -142,7 +142,7 @@ def test_processes_share_an_epoch_without_overlap(pairs):
     seen = []
     for rank in range(3):
         batches = loader.train_loader(pairs, 2, process=Process(rank, 3), workers=0, seed=9)
-        batches.sampler.set_epoch(5)
+        batches.batch_sampler.sampler.set_epoch(5)
         seen += [i for batch in batches for i in batch[2].tolist()]
     assert len(seen) == len(set(seen)) == 12
 

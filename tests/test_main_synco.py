@@ -332,12 +332,12 @@ def test_bad_checkpoints(undisturbed, data, tmp_path, program):
     cut, foreign, good = (tmp_path / f"{name}.pth.tar" for name in ("cut", "foreign", "good"))
     cut.write_bytes(whole[: len(whole) // 2])
     good.write_bytes(whole)
-    torch.save({"weights": torch.ones(2)}, foreign)
+    torch.save({"weights": [1, 2]}, foreign)
     refused(program(*flags, "--resume", cut), "cut.pth.tar: not a whole checkpoint file", tmp_path / "r")
     refused(program(*flags, "--resume", foreign), "foreign.pth.tar: not a checkpoint", tmp_path / "r")
     message = "good.pth.tar: is a checkpoint of 'shufflenet_v2_x0_5'; --arch is 'resnet18'"
     refused(program(*flags, "--resume", good, "-a", "resnet18"), message, tmp_path / "r")
-    message = "queue is (64, 16) and should be (32, 16)"
+    message = "of another shape: queue ((64, 16) where (32, 16) is wanted)"
     refused(program(*flags, "--resume", good, "--moco-k", 32), message, tmp_path / "r")
     message = f"--seed 4: {good} was run with seed 3"
     refused(program(*flags, "--resume", good, "--seed", 4), message, tmp_path / "r")
