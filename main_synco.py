@@ -77,14 +77,9 @@ def parse():
     args.counts = {name: getattr(args, f"n{i}") for i, name in enumerate(TYPES, 1)}
     if any(args.counts.values()) and args.n_hard > args.moco_k:
         raise UserError(f"--n-hard {args.n_hard} is larger than the queue: --moco-k is {args.moco_k}")
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--start-epoch {args.start_epoch} must be below --epochs {args.epochs}")
     if args.sync_bn and args.bn_splits > 1:
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
-    if args.overwrite and args.resume == "auto":
-        raise UserError(
-            "--overwrite starts anew and --resume auto goes on; give one (--resume '' takes a script's back)"
-        )
+    options.check_run(args)
     return args
 
 
@@ -107,7 +102,7 @@ def run(process, args):
     if start_epoch > args.epochs:
         raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
     if process.rank == 0:
-        prepare_folders(args, fresh=not path)
+        checkpoint.prepare_folders(args, own_checkpoints(args), fresh=not path)
         describe(args, process, batch, steps, start_epoch, path, before)
     saved = None  # its memory
     log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
@@ -222,10 +217,10 @@ def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, ar
         if i % args.print_freq == 0 or i == steps - 1:
             numbers = averages.read(distributed.mean)
             if not math.isfinite(numbers["loss"]):
-                saved = checkpoint.numbered(args.save_dir)
+                saved = own_checkpoints(args)
                 raise FloatingPointError(
                     f"the loss is {numbers['loss']} between steps {printed + 1} and {i} of epoch {epoch} (lr {lr:g}); "
-                    f"last good checkpoint: {saved[-1][1] if saved else 'none'}"
+                    f"last good checkpoint: {saved[-1] if saved else 'none'}"
                 )
             printed = i
             numbers |= {"lr": lr, **pace.read(process.world_size)}
@@ -258,47 +253,15 @@ def learning_rate(epoch, args):
 
 def find_checkpoint(args):
     """What --resume asks for: (path, the loaded checkpoint), or (None, None) for a fresh start."""
-    path = distributed.from_rank_0(resume_path(args) if distributed.rank() == 0 else None)
-    if not path:
-        return None, None
-    return path, checkpoint.load(path)
+    path = distributed.from_rank_0(
+        checkpoint.resume_path(args, own_checkpoints(args)) if distributed.rank() == 0 else None
+    )
+    return (path, checkpoint.load(path)) if path else (None, None)
 
 
-def resume_path(args):
-    """The checkpoint to go on from, or None; refuses a --save-dir or --log-dir that holds something else."""
-    mine = checkpoint.numbered(args.save_dir)
-    newest = mine[-1][1] if mine else None
-    if args.resume == "auto":
-        path = newest
-    else:
-        path = args.resume or None
-        if path and not os.path.isfile(path):
-            raise UserError(f"{path}: no such checkpoint file")
-        inside = path and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
-        if inside and args.overwrite:
-            raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
-        if inside and os.path.basename(path) in [os.path.basename(older) for _, older in mine[:-1]]:
-            raise UserError(f"--resume {path}: --save-dir holds the newer {newest}, which would be left; give another")
-        if mine and not inside and not args.overwrite:
-            raise UserError(
-                f"--save-dir {args.save_dir} holds another run ({os.path.basename(newest)}): --resume auto "
-                "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
-            )
-    apart = os.path.realpath(args.log_dir) != os.path.realpath(args.save_dir)
-    if apart and not path and not args.overwrite and metrics.log_files(args.log_dir):
-        raise UserError(f"--log-dir {args.log_dir} holds the log of another run; give another, or --overwrite")
-    return path
-
-
-def prepare_folders(args, fresh):
-    """Make the output folders if both can be written; a fresh start removes what another left in them.
-
-    `resume_path` has seen to it that this is a run that --overwrite gives up, or one that left no checkpoint.
-    """
-    checkpoint.make_folders(args.save_dir, args.log_dir)
-    old = [path for _, path in checkpoint.numbered(args.save_dir)] if args.overwrite else []
-    for path in old + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
-        os.remove(path)
+def own_checkpoints(args):
+    """The checkpoints in --save-dir, oldest first."""
+    return [path for _, path in checkpoint.numbered(args.save_dir)]
 
 
 def method(args):
@@ -351,7 +314,7 @@ def save(model, optimizer, done, step, args):
     }
     checkpoint.save(content, os.path.join(args.save_dir, f"checkpoint_{done - 1:04d}.pth.tar"))
     if args.keep:
-        for _, path in checkpoint.numbered(args.save_dir)[: -args.keep]:
+        for path in own_checkpoints(args)[: -args.keep]:
             os.remove(path)
 
 

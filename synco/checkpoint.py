@@ -10,6 +10,7 @@ import tempfile
 
 import torch
 
+from synco import metrics
 from synco.options import UserError
 
 # what torch, zipfile and pickle raise on files that are truncated or of another kind
@@ -192,6 +193,14 @@ def load_backbone(network, head, weights, path):
     return len(weights)
 
 
+def summary(checkpoint, path, count):
+    """What was loaded, in words: where from, its network and epochs, how many tensors."""
+    of = "the query encoder" if is_pretraining(checkpoint) else "the network"
+    known = [checkpoint["arch"]] if "arch" in checkpoint else []
+    known += [f"{checkpoint['epoch']} epochs"] if "epoch" in checkpoint else []
+    return f"{', '.join([path, *known])}: {count} tensors of {of}"
+
+
 def sha256(path):
     """The SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
@@ -209,6 +218,44 @@ def choose_seed(given, path, config):
             raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
         return stored
     return int.from_bytes(os.urandom(4), "little") if given is None else given
+
+
+def resume_path(args, mine):
+    """The checkpoint that --resume asks for, or None; refuses a --save-dir or --log-dir that holds something else.
+
+    mine: the checkpoints of a run in --save-dir, oldest first.
+    """
+    newest = mine[-1] if mine else None
+    if args.resume == "auto":
+        path = newest
+    else:
+        path = args.resume or None
+        if path and not os.path.isfile(path):
+            raise UserError(f"{path}: no such checkpoint file")
+        inside = path and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
+        if inside and args.overwrite:
+            raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
+        if inside and os.path.basename(path) in [os.path.basename(older) for older in mine[:-1]]:
+            raise UserError(f"--resume {path}: --save-dir holds the newer {newest}, which would be left; give another")
+        if mine and not inside and not args.overwrite:
+            raise UserError(
+                f"--save-dir {args.save_dir} holds another run ({os.path.basename(newest)}): --resume auto "
+                "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
+            )
+    apart = os.path.realpath(args.log_dir) != os.path.realpath(args.save_dir)
+    if apart and not path and not args.overwrite and metrics.log_files(args.log_dir):
+        raise UserError(f"--log-dir {args.log_dir} holds the log of another run; give another, or --overwrite")
+    return path
+
+
+def prepare_folders(args, mine, fresh):
+    """Make the output folders if both can be written; a fresh start removes what another left in them.
+
+    `resume_path` has seen to it that this is a run that --overwrite gives up, or one that left no checkpoint.
+    """
+    make_folders(args.save_dir, args.log_dir)
+    for path in (mine if args.overwrite else []) + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
+        os.remove(path)
 
 
 def make_folders(*folders):

@@ -378,6 +378,12 @@ def say(text):
         print(text, flush=True)
 
 
+def warn(text):
+    """Print a warning on stderr, in rank 0 alone."""
+    if rank() == 0:
+        print(f"{os.path.basename(sys.argv[0])}: warning: {text}", file=sys.stderr, flush=True)
+
+
 def share_buffers(module):
     """Give every process rank 0's buffers, in place: BatchNorm statistics differ between processes in training."""
     if dist.is_initialized():

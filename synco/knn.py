@@ -1,10 +1,19 @@
-"""Weighted k-nearest-neighbour accuracy of backbone features: a probe that needs no training."""
+"""Weighted k-nearest-neighbour accuracy of backbone features: a probe that needs no training.
+
+  python -m synco.knn CHECKPOINT DATA
+
+CHECKPOINT: of SynCo, MoCo, a classifier or torchvision's own weights, or 'random' for untrained ones. DATA holds
+train/CLASS/IMAGE, which vote, and val/CLASS/IMAGE, which are classified. Several processes: torchrun -m synco.knn ...
+"""
+
+import argparse
 
 import torch
 import torch.nn.functional as F
 
-from synco import distributed
-from synco.builder import features
+from synco import checkpoint, distributed, loader, options
+from synco.builder import features, fitting, head_name, torchvision_network
+from synco.options import UserError, number
 
 
 @torch.no_grad()
@@ -67,3 +76,58 @@ def gather_uneven(rows, labels):
         torch.cat([part[:size] for part, size in zip(rows, sizes)]),
         torch.cat([part[:size] for part, size in zip(labels, sizes)]),
     )
+
+
+def parse():
+    """The command line of `python -m synco.knn`."""
+    parser = options.Parser(__doc__)
+    flag = parser.add_argument
+    flag("checkpoint", metavar="CHECKPOINT", help="what to evaluate, or 'random'")
+    options.add_data(parser)
+    options.add_distributed(parser)
+    flag("-k", default=200, type=number(int, 1), help="neighbours that vote; at most all")
+    flag("-t", default=0.1, type=number(float, above=0), help="temperature of the votes")
+    flag("-b", "--batch-size", default=256, type=number(int, 1), help="per node, shared by its processes")
+    flag("--seed", default=0, type=number(int, 0, 2**32 - 1), help="of random weights")
+    # what the checkpoint was trained with
+    parser.set_defaults(arch=None, img_size=None)
+    return parser.parse_args()
+
+
+def run(process, args):
+    """Load the backbone, evaluate it, say what it reaches."""
+    found = checkpoint.load(args.checkpoint) if args.checkpoint != "random" else {"config": {}}
+    arch, size = args.arch or found.get("arch"), args.img_size or found["config"].get("img_size", 224)
+    if arch is None:
+        raise UserError(f"{args.checkpoint}: does not say of which network it is; give -a")
+    try:
+        arch, size = options.architecture(str(arch)), number(int, 8)(str(size))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{args.checkpoint}: {error}") from error
+    train, val = loader.image_folder(args.data, "train"), loader.image_folder(args.data, "val")
+    loader.same_classes(train, val, args.data)
+    classes = len(train.classes)
+
+    torch.manual_seed(args.seed)
+    with fitting(arch, size):
+        network = torchvision_network(arch, size)(num_classes=classes)
+        head = head_name(network, classes)
+    source = f"random weights, seed {args.seed}"
+    if args.checkpoint != "random":
+        weights = checkpoint.backbone(found, args.checkpoint, head, arch=arch, classifier=True)
+        count = checkpoint.load_backbone(network, head, weights, args.checkpoint)
+        source = checkpoint.summary(found, args.checkpoint, count)
+    distributed.say(f"{arch} at {size} pixels, {source}")
+
+    batch = loader.batch_each(args.batch_size, process.local_size)
+    workers = loader.workers_each(args.workers, process.local_size)
+    train.transform = val.transform = loader.center_view(size)
+    parts = [loader.eval_loader(part, batch, process=process, workers=workers) for part in (train, val)]
+    network.to(process.device)
+    with fitting(arch, size):
+        top1 = accuracy(network, head, *parts, process.device, classes=classes, k=args.k, t=args.t)
+    distributed.say(f"kNN (k = {min(args.k, len(train))}, {len(train)} images vote) on {len(val)} images: {top1:.2f} %")
+
+
+if __name__ == "__main__":
+    distributed.launch(run, parse)

@@ -83,6 +83,12 @@ def contrastive_accuracy(logits, K):
 
 
 @torch.no_grad()
+def ranked(logits):
+    """A classifier's five best classes, best first: logits (N, C) → (N, min(5, C))."""
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
+@torch.no_grad()
 def hardness(logits, counts, *, K, T, n_hard):
     """How hard the negatives are, by kind.
 

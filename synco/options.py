@@ -102,6 +102,16 @@ def add_run(parser, *, epochs, batch_size, save_dir):
     )
 
 
+def check_run(args):
+    """Raise UserError where the flags of `add_run` contradict each other."""
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start-epoch {args.start_epoch} must be below --epochs {args.epochs}")
+    if args.overwrite and args.resume == "auto":
+        raise UserError(
+            "--overwrite starts anew and --resume auto goes on; give one (--resume '' takes a script's back)"
+        )
+
+
 def add_classifier(parser):
     """What the linear probe and the fine-tuning have in common."""
     flag = parser.add_argument

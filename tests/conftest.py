@@ -4,6 +4,8 @@ import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same with and without GPUs; before torch is imported
 
+import functools
+import importlib
 import pathlib
 import socket
 import subprocess
@@ -19,9 +21,11 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
+ARCH = "shufflenet_v2_x0_5"
+
 # main_synco on a network, queue and images small enough for many runs
 SMALL = (
-    "-a shufflenet_v2_x0_5 --img-size 32 -j 0 -b 8 --epochs 2 --warmup-epochs 1 --moco-k 64 --moco-dim 16 --mlp "
+    f"-a {ARCH} --img-size 32 -j 0 -b 8 --epochs 2 --warmup-epochs 1 --moco-k 64 --moco-dim 16 --mlp "
     "--n-hard 16 --n1 4 --n2 3 --n3 2 --n4 2 --n5 2 --n6 1 --aug-plus --cos --seed 3 -p 2"
 ).split()
 
@@ -47,21 +51,21 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
-    """program("flags ...") runs main_synco in this process → (exit status, stdout, stderr)."""
-    import main_synco
+def programs(monkeypatch, capsys):
+    """programs("main_lincls", "flags ...") runs a script in this process → (exit status, stdout, stderr)."""
     from synco import distributed
 
     for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     threads = torch.get_num_threads()
 
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["main_synco.py", *map(str, flags)])
+    def run(name, *flags):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name.rpartition(".")[2] + ".py", *map(str, flags)])
         status = 0
         capsys.readouterr()
         try:
-            distributed.launch(main_synco.run, main_synco.parse)
+            distributed.launch(module.run, module.parse)
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
@@ -69,6 +73,28 @@ def program(monkeypatch, capsys):
 
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def program(programs):
+    """program("flags ...") runs main_synco in this process → (exit status, stdout, stderr)."""
+    return functools.partial(programs, "main_synco")
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A pretraining checkpoint of a small network, with running statistics of its own → path."""
+    from synco import checkpoint
+    from synco.builder import SynCo, torchvision_network
+
+    torch.manual_seed(11)
+    model = SynCo(torchvision_network(ARCH, 32), 16, 64, mlp=True, n_hard=8)
+    with torch.no_grad():
+        model.encoder_q(torch.randn(16, 3, 32, 32))
+    path = str(tmp_path_factory.mktemp("pretrained") / "checkpoint_0004.pth.tar")
+    content = {"epoch": 5, "arch": ARCH, "state_dict": checkpoint.prefixed(model), "config": {"img_size": 32}}
+    checkpoint.save(content, path)
+    return path
 
 
 def free_port():

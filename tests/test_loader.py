@@ -164,3 +164,54 @@ def test_workers_are_capped_and_shared(monkeypatch):
     monkeypatch.setattr(loader, "usable_cpus", lambda: 6)
     assert [loader.workers_each(32, n) for n in (1, 2, 4)] == [6, 3, 2]
     assert loader.workers_each(0, 4) == 0 and loader.workers_each(3, 1) == 3
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 8, 13, 22])
+def test_whole_batches_leave_nothing_out_and_no_image_alone(count, batch):
+    found = loader.WholeBatches(range(count), batch)
+    batches = list(found)
+    assert [key for keys in batches for key in keys] == list(range(count)) and len(found) == len(batches)
+    assert all(len(keys) == batch for keys in batches[:-1]) and len(batches[-1]) <= batch + 1
+    if count > 1 and batch > 1:
+        assert min(map(len, batches)) > 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_training_a_classifier_sees_every_image(pairs, world_size):
+    views = loader.Augmented(pairs.dataset, loader.classifier_augmentation(24), 3)
+    seen, steps = [], set()
+    for rank in range(world_size):
+        process = Process(rank, world_size)
+        batches = loader.train_loader(views, 4, process=process, workers=0, seed=9, keep_last=True)
+        batches.batch_sampler.sampler.set_epoch(1)
+        seen += [index for keys in batches.batch_sampler for _, index in keys]
+        steps.add(len(batches))
+    assert set(seen) == set(range(15)) and len(seen) - 15 < world_size and len(steps) == 1
+
+
+def test_a_view_depends_on_seed_epoch_and_image_alone(pairs):
+    def view(seed, epoch, index):
+        torch.rand(3)
+        return loader.Augmented(pairs.dataset, loader.classifier_augmentation(24), seed)[epoch, index][0]
+
+    first = view(3, 1, 2)
+    assert first.shape == (3, 24, 24) and torch.equal(first, view(3, 1, 2))
+    assert not any(torch.equal(first, view(*other)) for other in ((4, 1, 2), (3, 2, 2)))
+
+
+def test_batch_each():
+    assert loader.batch_each(256, 8) == 32
+    for total, processes in ((10, 4), (3, 4)):
+        with pytest.raises(UserError, match=f"--batch-size {total} is not divisible by a node's {processes} processes"):
+            loader.batch_each(total, processes)
+
+
+def test_different_classes_are_listed(tmp_path):
+    for name in ("train/a", "train/b", "val/b", "val/c"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.jpg")
+    train, val = (loader.image_folder(tmp_path, split) for split in ("train", "val"))
+    with pytest.raises(UserError, match=r"different classes: a \(in train only\), c \(in val only\)$"):
+        loader.same_classes(train, val, tmp_path)
+    loader.same_classes(train, train, tmp_path)

@@ -144,6 +144,95 @@ def test_no_data_folder(tmp_path, method, epochs, words):
     assert script.name in done.stderr and "IMAGENET" in done.stderr
 
 
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+GRID = {"lincls_r50": ["30"], "semisup_r50": ["0.005", "0.01", "0.02", "0.05", "0.1"]}
+WORDS_OF = {"lincls_r50": [], "semisup_r50": ["1"]}  # what comes before CHECKPOINT
+
+
+@pytest.fixture
+def trials(tmp_path, monkeypatch):
+    """trials(script, words ...) runs a grid whose torchrun writes a result.json in place of training, and parses the
+    flags of each trial as the program does → (torchrun's own flags, [args], the output's last lines)."""
+    write = """printf '%s\\n' "$@" END
+next=
+for word; do
+    [ "$next" ] && { mkdir -p "$word"; echo '{"top1": 6'${word#*lr}', "top5": 80, "epoch": 7}' >"$word/result.json"; }
+    next=; [ "$word" = --save-dir ] && next=1
+done; true"""
+    stub = program(tmp_path / "bin", "torchrun", write)
+    (stub / "python").symlink_to(sys.executable)
+    monkeypatch.delenv("NPROC", raising=False)
+    monkeypatch.delenv("LRS", raising=False)
+
+    def start(name, *words, **env):
+        done = bash(ROOT / "scripts" / f"{name}.sh", *words, cwd=tmp_path, first_on_path=stub, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        *commands, table = done.stdout.split("END\n")
+        module = importlib.import_module(f"main_{name.removesuffix('_r50')}")
+        parsed = []
+        for command in commands:
+            got = command.splitlines()
+            program_at = got.index(str(ROOT / "scripts" / ".." / f"{module.__name__}.py"))
+            monkeypatch.setattr(sys, "argv", [module.__name__, *got[program_at + 1 :]])
+            parsed.append(module.parse())
+        return got[:program_at], parsed, table
+
+    return start
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_grid(trials, tmp_path, name):
+    before = WORDS_OF[name]
+    launcher, parsed, table = trials(name, *before, "my runs/checkpoint_0199.pth.tar", "imagenet")
+    assert launcher == ["--standalone", "--nproc-per-node", "8"]
+    assert len({args.save_dir for args in parsed}) == len(parsed) == len(GRID[name])
+    folder = f"my runs/checkpoint_0199-{'lincls' if name == 'lincls_r50' else 'semisup-1percent'}"
+    for args, lr in zip(parsed, GRID[name]):
+        assert (args.arch, args.pretrained, args.data) == ("resnet50", "my runs/checkpoint_0199.pth.tar", "imagenet")
+        assert (args.save_dir, args.resume) == (f"{folder}/lr{lr}", "auto")
+        if name == "lincls_r50":
+            assert (args.lr, args.epochs, args.schedule, args.batch_size) == (30, 100, [60, 80], 256)
+            assert (args.weight_decay, args.momentum) == (0, 0.9)
+        else:
+            assert (args.lr_backbone, args.lr_classifier, args.batch_size) == (float(lr), 0.5, 1024)
+            assert (args.train_percent, args.weights, args.epochs, args.weight_decay) == (1, "finetune", 60, 1e-6)
+    rows = [line.split() for line in table.splitlines()]
+    assert rows[0] == ["trial", "top-1", "top-5", "epoch"] and len(rows) == 1 + len(parsed)
+    best = max(GRID[name], key=lambda lr: float("6" + lr))
+    assert rows[1] == [f"lr{best}", f"{float('6' + best):.2f}", "80.00", "7", "best"]
+    assert [row[0] for row in rows[1:]] == [f"lr{lr}" for lr in sorted(GRID[name], key=float, reverse=True)]
+
+
+@pytest.mark.parametrize("percent, epochs", [(1, 60), (10, 30), (100, 90)])
+def test_epochs_of_a_fine_tuning(trials, percent, epochs):
+    words = [percent, "random", "imagenet", "mine", "--epochs", 3]
+    launcher, (args, _), _ = trials("semisup_r50", *words[:-2], NPROC="2", LRS="0.1 0.2")
+    assert (args.epochs, args.train_percent, args.save_dir) == (epochs, percent, "mine/lr0.1")
+    assert launcher[-1] == "2"
+    assert [args.epochs for args in trials("semisup_r50", *words)[1]] == [3] * 5
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_grid_usage(tmp_path, name):
+    stub = program(tmp_path / "bin", "torchrun", "echo started")
+    wrong = [[], ["x.pth.tar"], ["x.pth.tar", "--keep"]] + ([["5", "x", "y"]] if name == "semisup_r50" else [])
+    for words in wrong:
+        done = bash(ROOT / "scripts" / f"{name}.sh", *words, cwd=tmp_path, first_on_path=stub)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert f"{name}.sh" in done.stderr and "CHECKPOINT IMAGENET" in done.stderr
+
+
+@pytest.mark.parametrize("content, message", [(None, "holds no trial's result.json"), ("{}", "not a result of main_")])
+def test_no_results(tmp_path, content, message):
+    (tmp_path / "a").mkdir()
+    if content:
+        (tmp_path / "a" / "result.json").write_text(content)
+    words = [sys.executable, str(ROOT / "scripts" / "best_of_grid.py"), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and message in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------- extract_imagenet
 
 CLASSES = {name: [f"{name}_{i}.JPEG" for i in (7, 12, 301)] for name in ("n01440764", "n01751748")}

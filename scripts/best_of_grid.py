@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Print the results of several trials as a table, the best first.
+
+  python scripts/best_of_grid.py FOLDER
+
+FOLDER holds a folder for each trial of main_lincls.py or main_semisup.py, with its result.json. The best is best on the
+validation images that chose it, as in the published numbers.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+
+def refuse(message):
+    print(f"best_of_grid.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    folder = parser.parse_args().folder
+    trials = []
+    for path in sorted(folder.glob("*/result.json")):
+        try:
+            result = json.loads(path.read_text())
+            trials.append((result["top1"], result["top5"] or 0, result["epoch"], path.parent.name))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            refuse(f"{path}: not a result of main_lincls.py or main_semisup.py ({error})")
+    if not trials:
+        refuse(f"{folder}: holds no trial's result.json")
+    trials.sort(key=lambda trial: -trial[0])
+    width = max(len("trial"), *(len(trial[-1]) for trial in trials))
+    print(f"{'trial':{width}}  top-1  top-5  epoch")
+    for i, (top1, top5, epoch, name) in enumerate(trials):
+        print(f"{name:{width}}  {top1:5.2f}  {top5:5.2f}  {epoch:5}{'  best' if i == 0 else ''}")
+
+
+if __name__ == "__main__":
+    main()

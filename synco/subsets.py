@@ -1,0 +1,190 @@
+"""Label splits: SimCLR's lists of 1 % and 10 % of ImageNet, a class-balanced draw elsewhere, or any list in a file."""
+
+import collections
+import copy
+import hashlib
+import os
+import re
+import time
+import urllib.request
+
+from synco import distributed
+from synco.options import UserError
+
+# https://github.com/google-research/simclr (arXiv 2002.05709): {percent: (name, SHA-256)}
+URL = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/"
+LISTS = {
+    1: ("1percent.txt", "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17"),
+    10: ("10percent.txt", "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091"),
+}
+SECONDS = 60  # for a download
+WNID = re.compile(r"n\d{8}")  # the name of one of ImageNet's classes
+
+
+def subset(images, percent, seed, file=None):
+    """The labelled part of a training folder → (an ImageFolder of those images, where the list is from, in words).
+
+    images: a `loader.image_folder`; percent: 1, 10 or 100; file: a list to use in place of the percent's.
+    On ImageNet 1 and 10 are SimCLR's lists, elsewhere a class-balanced draw, see `balanced`.
+    Raises UserError for a list that cannot be had or that is not this folder's. Every process must call this.
+    """
+    if file:
+        return restricted(images, read_list(file), file), file
+    if percent == 100:
+        return images, "all training images"
+    if not is_imagenet(images.classes):
+        return restricted(images, balanced(images, percent, seed)), f"class-balanced draw, seed {seed}"
+    found = distributed.from_rank_0(published_list(percent) if distributed.rank() == 0 else None)
+    return restricted(images, *found), f"SimCLR's {LISTS[percent][0]}"
+
+
+def is_imagenet(classes):
+    """Whether these are ImageNet's 1,000 classes, by number and form; the list itself tells whether it fits them."""
+    return len(classes) == 1000 and all(WNID.fullmatch(name) for name in classes)
+
+
+def balanced(images, percent, seed):
+    """Draw `percent` of each class's images, rounded, at least one → their names in the folder, sorted.
+
+    Those with the smallest SHA-256 of (seed, percent, name): neither the machine nor the order of reading matters.
+    """
+    of_class = collections.defaultdict(list)
+    for name, (_, label) in names_of(images).items():
+        of_class[label].append(name)
+    chosen = []
+    for names in of_class.values():
+        names.sort(key=lambda name: hashlib.sha256(f"{seed}/{percent}/{name}".encode()).digest())
+        chosen += names[: max(1, round(len(names) * percent / 100))]
+    return sorted(chosen)
+
+
+def names_of(images):
+    """{"class/file": (path, label)} of an ImageFolder."""
+    start = len(images.root.rstrip(os.sep)) + 1
+    return {path[start:].replace(os.sep, "/"): (path, label) for path, label in images.samples}
+
+
+def read_list(path):
+    """The names in a list, one a line: "class/file", or as in SimCLR's "wnid_N.JPEG", whose class is the wnid."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return parse(file.read(), path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"{path}: the list of images cannot be read ({reason})") from error
+
+
+def parse(text, path):
+    """The lines of a list → names "class/file"."""
+    names = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        group, separator, _ = line.rpartition("_")
+        if "/" not in line and not separator:
+            raise UserError(f"{path}: {line[:80]!r} is neither class/file nor a name like n04235860_14959.JPEG")
+        names.append(line if "/" in line else f"{group}/{line}")
+    if not names:
+        raise UserError(f"{path}: the list names no image")
+    twice = [name for name, times in collections.Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(f"{path}: {len(twice)} images are listed more than once, such as {twice[0]}")
+    return names
+
+
+def restricted(images, names, path="the draw"):
+    """The images with these names, sorted by them, as an ImageFolder with all its classes.
+
+    Raises UserError that counts and names those that are not there; `path` is where the names are from.
+    """
+    known = names_of(images)
+    strange = sorted({name.split("/")[0] for name in names} - set(images.classes))
+    if strange:
+        raise UserError(
+            f"{path}: a list of other images: {len(strange)} of its classes are not in {images.root}, "
+            f"such as {', '.join(strange[:3])}"
+        )
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of its {len(names)} images are not in {images.root}, "
+            f"such as {', '.join(missing[:3])}"
+        )
+    part = copy.copy(images)
+    part.samples = part.imgs = [known[name] for name in sorted(names)]
+    part.targets = [label for _, label in part.samples]
+    return part
+
+
+def lines_of(images):
+    """The names of an ImageFolder's images, sorted, for `read_list`: "wnid_N.JPEG" where a name tells its class."""
+    lines = []
+    for name in sorted(names_of(images)):
+        group, _, file = name.partition("/")
+        short = WNID.fullmatch(group) and file.rpartition("_")[0] == group
+        lines.append((file if short else name) + "\n")
+    return lines
+
+
+def digest(images):
+    """The SHA-256 of `lines_of`."""
+    return hashlib.sha256("".join(lines_of(images)).encode()).hexdigest()
+
+
+def write_list(images, path):
+    """Write `lines_of`. Raises UserError if the file is there and says something else."""
+    try:
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as target:
+                if target.readlines() != lines_of(images):
+                    raise UserError(f"--write-subset {path}: is there and holds something else; give another name")
+        with open(path, "w", encoding="utf-8") as target:
+            target.writelines(lines_of(images))
+    except OSError as error:
+        raise UserError(f"--write-subset {path}: cannot be written ({error.strerror})") from error
+
+
+def cache_folder():
+    """Where downloaded lists are kept: $XDG_CACHE_HOME/synco, ~/.cache/synco unless that is set."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "synco")
+
+
+def published_list(percent):
+    """SimCLR's list of 1 or 10 percent of ImageNet, from the cache folder or downloaded → (names, its file).
+
+    Raises UserError that says where to put the file if it cannot be had.
+    """
+    name, digest = LISTS[percent]
+    path = os.path.join(cache_folder(), name)
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            content = file.read()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise UserError(f"{path}: not SimCLR's list (its SHA-256 differs): remove it, and it is downloaded again")
+        return parse(content.decode(), path), path
+    by_hand = f"put {URL}{name} at {path}, or name it with --subset-file"
+    try:
+        content = download(URL + name)
+    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+        raise UserError(f"SimCLR's list {name} cannot be downloaded ({error}): {by_hand}") from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"what {URL}{name} sent is not SimCLR's list (its SHA-256 differs): {by_hand}")
+    try:
+        os.makedirs(cache_folder(), exist_ok=True)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name the list with --subset-file") from error
+    return parse(content.decode(), path), path
+
+
+def download(url):
+    """What a URL sends, at most 16 MiB within `SECONDS`. Raises OSError."""
+    end = time.monotonic() + SECONDS
+    content = b""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        while block := answer.read(1 << 16):
+            content += block
+            if time.monotonic() > end or len(content) > 16 << 20:
+                raise TimeoutError(f"not done after {SECONDS} s")
+    return content

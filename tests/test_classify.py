@@ -1,0 +1,182 @@
+"""Validation against a plain loop in one process and in several, the frozen check, and one epoch against NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torchvision
+from conftest import ARCH, processes
+from torch.utils.data import TensorDataset
+
+import main_lincls
+from synco import checkpoint, classify, loader
+from synco.builder import features
+from synco.distributed import Process
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.fc = nn.Linear(8, 7)
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+
+def network(rank=0):
+    torch.manual_seed(0)
+    net = Net()
+    with torch.no_grad():
+        net.body[1].running_mean += 0.3 * rank  # in fine-tuning the processes' statistics differ
+    return net.train()
+
+
+def images(count):
+    torch.manual_seed(1)
+    return TensorDataset(torch.randn(count, 6), torch.randint(7, (count,)))
+
+
+def _validate(rank, world_size, count):
+    net = network(rank)
+    batches = loader.eval_loader(images(count), 4, process=Process(rank, world_size), workers=0)
+    numbers, confusion = classify.validate(net, batches, torch.device("cpu"), 7)
+    return numbers, confusion.tolist(), net.training, net.body[1].running_mean.tolist()
+
+
+@pytest.mark.parametrize("count", [2, 37])
+def test_validation_is_a_plain_loop_whatever_the_number_of_processes(count):
+    net = network().eval()
+    top1 = top5 = loss = 0
+    expected = np.zeros((7, 7), dtype=int)
+    for x, label in images(count):
+        logits = net(x[None])[0].double().detach().numpy()
+        order = np.argsort(-logits)
+        top1 += order[0] == label
+        top5 += label in order[:5]
+        expected[label, order[0]] += 1
+        loss += math.log(np.exp(logits - logits[label]).sum())
+    for world_size in (1, 2, 3):
+        for numbers, confusion, training, mean in processes(world_size, _validate, world_size, count):
+            assert numbers["top1"] == 100 * top1 / count and numbers["top5"] == 100 * top5 / count
+            assert numbers["loss"] == pytest.approx(loss / count, rel=1e-6)
+            assert confusion == expected.tolist()
+            assert training and mean == [0.0] * 8  # the mode as it was, rank 0's statistics
+
+
+def test_top5_of_few_classes():
+    net = nn.Linear(2, 3)
+    data = TensorDataset(torch.randn(5, 2), torch.randint(3, (5,)))
+    batches = loader.eval_loader(data, 4, process=Process(), workers=0)
+    assert classify.validate(net, batches, torch.device("cpu"), 3)[0]["top5"] == 100
+
+
+@torch.no_grad()
+def forward_in_train_mode(net):
+    net.train()
+    net(torch.randn(4, 6))
+
+
+@torch.no_grad()
+def nudge(net):
+    net.body[0].weight[0, 0] = torch.nextafter(net.body[0].weight[0, 0], torch.tensor(9.0))
+
+
+@pytest.mark.parametrize(
+    "spoil, names",
+    [
+        (forward_in_train_mode, ["body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked"]),
+        (nudge, ["body.0.weight"]),
+        (lambda net: nn.init.ones_(net.fc.weight), []),
+        (lambda net: net.train()(torch.randn(4, 6)).sum().backward(), ["body.1.running_mean"]),
+    ],
+)
+def test_the_frozen_check_sees_every_bit(spoil, names):
+    net = network()
+    before = classify.frozen_weights(net, "fc")
+    assert classify.changed_weights(net, before) == []
+    spoil(net)
+    assert classify.changed_weights(net, before)[: len(names)] == names
+    assert bool(names) == bool(classify.changed_weights(net, before))
+
+
+def test_a_backbone_left_in_train_mode_ends_the_probe(programs, monkeypatch, data, tmp_path):
+    """The published recipe broken on purpose: BatchNorm's statistics move while every weight stays."""
+    train = classify.Trial.train
+    monkeypatch.setattr(classify.Trial, "train", lambda self, *args: (self.network.train(), train(self, *args)))
+    flags = ["-a", ARCH, "--img-size", 32, "-j", 0, "-b", 8, "--epochs", 1, "--lr", 1, "--pretrained", "random"]
+    with pytest.raises(RuntimeError, match="the frozen backbone has changed in .* conv1.1.running_mean"):
+        programs("main_lincls", *flags, "--save-dir", tmp_path / "r", data)
+    assert not (tmp_path / "r" / "checkpoint_lincls.pth.tar").exists()
+
+
+def test_the_probe_is_softmax_regression_on_the_features(programs, pretrained, data, tmp_path):
+    """Two epochs in NumPy float64: features of plain torchvision's network, cross-entropy, SGD with momentum."""
+    flags = ["-a", ARCH, "--img-size", 32, "-j", 0, "-b", 7, "--epochs", 2, "--lr", 0.7, "--schedule", 1, "--wd", 0.01]
+    status, _, err = programs(
+        "main_lincls", *flags, "--seed", 5, "--pretrained", pretrained, "--save-dir", tmp_path / "r", data
+    )
+    assert status == 0, err
+    found = checkpoint.load(str(tmp_path / "r" / "checkpoint_lincls.pth.tar"))["state_dict"]
+
+    state = torch.load(pretrained, weights_only=True)["state_dict"]
+    net = torchvision.models.get_model(ARCH, num_classes=3)
+    own = {n.removeprefix("module.encoder_q."): w for n, w in state.items() if "encoder_q" in n and ".fc." not in n}
+    assert set(net.load_state_dict(own, strict=False).missing_keys) == {"fc.weight", "fc.bias"}
+    net.eval()
+
+    train = loader.image_folder(data, "train")
+    views = loader.Augmented(train, loader.classifier_augmentation(32), 5)
+    W = found["module.fc.weight"].numpy().astype(np.float64) * 0
+    b = np.zeros(3)
+    torch.manual_seed(5)
+    start = torchvision.models.get_model(ARCH, num_classes=3)  # draws what the program drew before the last layer
+    W += nn.init.normal_(start.fc.weight, std=0.01).detach().numpy()
+    vW, vb = np.zeros_like(W), np.zeros_like(b)
+    batches = loader.train_loader(views, 7, process=Process(), workers=0, seed=5, keep_last=True)
+    for epoch, lr in ((0, 0.7), (1, 0.07)):
+        batches.batch_sampler.sampler.set_epoch(epoch)
+        for x, label in batches:
+            with torch.no_grad():
+                f = features(net, "fc", x).double().numpy()
+            z = f @ W.T + b
+            p = np.exp(z - z.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
+            p[np.arange(len(label)), label.numpy()] -= 1
+            vW = 0.9 * vW + p.T @ f / len(label) + 0.01 * W
+            vb = 0.9 * vb + p.mean(0) + 0.01 * b
+            W, b = W - lr * vW, b - lr * vb
+    assert len(batches) == 4  # 24 images in sevens: the last three are kept
+    np.testing.assert_allclose(found["module.fc.weight"], W, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found["module.fc.bias"], b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_learning_rates_of_the_probe():
+    class Args:
+        lr, lr_min, cos, schedule, epochs = 30.0, 0.0, False, [60, 80], 100
+
+    assert [main_lincls.learning_rate(e, Args) for e in (0, 59, 60, 79, 80)] == pytest.approx([30, 30, 3, 3, 0.3])
+    Args.lr, Args.lr_min, Args.cos, Args.epochs = 0.03, 5e-7, True, 200  # the Imagenette probe
+    assert [main_lincls.learning_rate(e, Args) for e in (0, 100, 200)] == pytest.approx([0.03, 0.01500025, 5e-7])
+
+
+def test_a_class_name_with_a_comma_is_one_cell_of_the_table(tmp_path):
+    classify.write_csv(tmp_path / "x.csv", ["class", "n"], [['a, "b"', 3]])
+    assert (tmp_path / "x.csv").read_text() == 'class,n\n"a, ""b""",3\n'
+
+
+def test_default_folders():
+    class Args:
+        resume, evaluate, pretrained, arch = "", False, "runs/a/checkpoint_0199.pth.tar", "resnet50"
+
+    assert classify.default_folder(Args, "lincls-lr30") == "runs/a/checkpoint_0199-lincls-lr30"
+    Args.pretrained = "moco_v2.800ep.pth"
+    assert classify.default_folder(Args, "lincls-lr30") == "moco_v2.800ep-lincls-lr30"
+    Args.pretrained = "random"
+    assert classify.default_folder(Args, "lincls-lr30") == "random-resnet50-lincls-lr30"
+    Args.resume = "runs/p/checkpoint_lincls.pth.tar"
+    assert classify.default_folder(Args, "lincls-lr30") == "runs/p"
+    Args.evaluate = True
+    assert classify.default_folder(Args, "lincls-lr30") == "runs/p/checkpoint_lincls-evaluated"

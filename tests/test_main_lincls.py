@@ -1,0 +1,353 @@
+"""The linear probe as a user runs it: whole trials, several processes, resumed ones, -e, and bad input."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import torchvision
+from conftest import ARCH, command, free_port, make_images
+
+from synco import checkpoint, classify, metrics
+
+FLAGS = f"-a {ARCH} --img-size 32 -j 0 -b 8 --epochs 3 --lr 1 --schedule 2 --seed 3 -p 2".split()
+LAST, BEST = "checkpoint_lincls.pth.tar", "model_best_lincls.pth.tar"
+
+
+def result(folder):
+    with open(os.path.join(folder, "result.json")) as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope="module")
+def probe(data, pretrained, tmp_path_factory):
+    """A probe of three epochs through the real command line → (folder, CompletedProcess)."""
+    folder = tmp_path_factory.mktemp("runs") / "probe"
+    flags = [*FLAGS, "--save-confusion", "--eval-train", "--pretrained", pretrained, "--save-dir", folder, data]
+    return folder, command("main_lincls.py", *flags)
+
+
+def lines_of(folder):
+    timed = ("time", "images_per_second", "data_share")
+    lines = metrics.read_log(os.path.join(folder, "log.jsonl"))
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def equal(a, b):
+    """Two classifiers' checkpoints hold the same weights, momentum and results, bit for bit."""
+    a, b = (checkpoint.load(str(path)) for path in (a, b))
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    same = all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+    momentum = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True)
+    same = same and all(torch.equal(x["momentum_buffer"], y["momentum_buffer"]) for x, y in momentum)
+    rest = ("epoch", "best_acc1", "best", "last", "scheduler")
+    return same and [a.get(key) for key in rest] == [b.get(key) for key in rest]
+
+
+def test_a_probe(probe, data, pretrained):
+    folder, run = probe
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    for fact in (
+        "images             24 to train, 7 to validate, 3 classes",
+        f"backbone           {pretrained}, {ARCH}, 5 epochs: 336 tensors of the query encoder",
+        "global batch       8",
+        "steps per epoch    3",
+        "seed               3",
+    ):
+        assert fact in run.stdout
+    assert run.stdout.splitlines()[-1].startswith("Done. Best top-1 ")
+    assert sorted(os.listdir(folder))[:2] == [LAST, "config.json"]
+    assert {"confusion.csv", BEST, "per_class.csv", "result.json", "log.jsonl"} <= set(os.listdir(folder))
+
+    last, best = (checkpoint.load(str(folder / name)) for name in (LAST, BEST))
+    assert {"epoch", "arch", "state_dict", "best_acc1", "optimizer"} <= set(last) and "scheduler" not in last
+    assert last["epoch"] == 3 and last["arch"] == ARCH
+    assert {n.removeprefix("module.") for n in last["state_dict"]} == set(
+        torchvision.models.get_model(ARCH, num_classes=3).state_dict()
+    )
+    assert all(name.startswith("module.") for name in last["state_dict"])
+    pretraining = torch.load(pretrained, weights_only=True)["state_dict"]
+    for name, tensor in last["state_dict"].items():  # bit for bit, running statistics included
+        if not name.startswith("module.fc."):
+            assert torch.equal(tensor, pretraining[name.replace("module.", "module.encoder_q.")]), name
+
+    lines = metrics.read_log(folder / "log.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines[:4]] == [
+        ("train", 1), ("train", 3), ("val", 3), ("eval_train", 3)
+    ]  # fmt: skip
+    assert [line["lr"] for line in lines if line["kind"] == "train"] == pytest.approx([1, 1, 1, 1, 0.1, 0.1])
+    tops = [line["top1"] for line in lines if line["kind"] == "val"]
+    found = result(folder)
+    assert found["top1"] == max(tops) == best["best_acc1"] == last["best_acc1"]
+    assert found["epoch"] == tops.index(max(tops)) + 1 == best["epoch"]  # the first of the best
+    assert found["last"]["top1"] == tops[-1] and found["last"]["epoch"] == 3
+    with open(pretrained, "rb") as file:
+        assert found["checkpoint_sha256"] == hashlib.sha256(file.read()).hexdigest()
+    assert found["checkpoint"] == pretrained and found["versions"]["torch"] == torch.__version__
+    assert found["command"].startswith(f"main_lincls.py -a {ARCH}") and found["top5"] == 100 and "train_top1" in found
+
+    with open(folder / "per_class.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["class"], row["images"]) for row in rows] == [("c0", "3"), ("c1", "2"), ("c2", "2")]
+    assert 100 * sum(int(row["right"]) for row in rows) / 7 == found["top1"]
+    with open(folder / "confusion.csv") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["class", "c0", "c1", "c2"] and [row[0] for row in table[1:]] == ["c0", "c1", "c2"]
+    assert [row[1:][i] for i, row in enumerate(table[1:])] == [row["right"] for row in rows]
+
+
+@pytest.mark.parametrize("seconds", [1, 2])
+def test_an_interrupted_probe_ends_bit_identical(probe, data, pretrained, tmp_path, programs, monkeypatch, seconds):
+    train = classify.Trial.train
+
+    def interrupted(self, learner, optimizer, epoch):
+        if epoch == seconds:
+            raise KeyboardInterrupt
+        train(self, learner, optimizer, epoch)
+
+    flags = [*FLAGS, "--eval-train", "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path / "r", data]
+    with monkeypatch.context() as patch:
+        patch.setattr(classify.Trial, "train", interrupted)
+        assert programs("main_lincls", *flags)[0] == 130
+    assert checkpoint.load(str(tmp_path / "r" / LAST))["epoch"] == seconds
+    status, out, err = programs("main_lincls", *flags)
+    assert status == 0 and f"resumed            {tmp_path / 'r' / LAST}, {seconds} epochs done" in out, err
+    assert equal(tmp_path / "r" / LAST, probe[0] / LAST) and equal(tmp_path / "r" / BEST, probe[0] / BEST)
+    assert lines_of(tmp_path / "r") == lines_of(probe[0])
+    assert {k: v for k, v in result(tmp_path / "r").items() if k != "command"} == {
+        k: v for k, v in result(probe[0]).items() if k != "command"
+    }
+
+
+def test_a_finished_probe_says_its_result_again(probe, data, tmp_path, programs):
+    folder = tmp_path / "r"
+    shutil.copytree(probe[0], folder)
+    before = (folder / LAST).read_bytes()
+    status, out, err = programs("main_lincls", *FLAGS[:-4], "--resume", "auto", "--save-dir", folder, data)
+    assert status == 0 and "Done. Best top-1" in out and "Epoch" not in out, err  # neither --seed nor --pretrained
+    assert (folder / LAST).read_bytes() == before
+    assert {**result(folder), "command": ""} == {**result(probe[0]), "command": ""}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_validate_as_one(data, pretrained, tmp_path, programs, processes):
+    url = f"tcp://localhost:{free_port()}"
+    spawn = f"--dist-url {url} --multiprocessing-distributed --world-size 1 --rank 0 --nproc-per-node".split()
+    flags = [*FLAGS, "-b", 12, "--eval-train", "--pretrained", pretrained]
+    folder = tmp_path / "several"
+    run = command("main_lincls.py", *spawn, processes, *flags, "--save-dir", folder, data)
+    assert run.returncode == 0 and run.stderr == "", run.stderr
+    assert run.stdout.count("Epoch 2 val") == 1  # rank 0 alone speaks
+    status, out, err = programs("main_lincls", *flags, "--save-dir", tmp_path / "one", data)
+    assert status == 0, err
+
+    weights = [checkpoint.load(str(tmp_path / name / LAST))["state_dict"] for name in ("several", "one")]
+    for name in weights[0]:  # the same global batches: the sums differ in their order alone
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
+    both = [[line for line in lines_of(tmp_path / name) if line["kind"] != "train"] for name in ("several", "one")]
+    for several, one in zip(*both, strict=True):
+        assert several == pytest.approx(one, rel=1e-3) if "kind" not in one else True
+        assert several["top1"] == one["top1"] and several["top5"] == one["top5"]
+
+    # the same classifier, validated by one process and by several
+    alone = programs("main_lincls", *FLAGS[:4], "-e", "--resume", folder / LAST, "--save-dir", tmp_path / "e1", data)
+    assert alone[0] == 0, alone[2]
+    many = command(
+        "main_lincls.py", *FLAGS[:4], "-b", 12, "--multiprocessing-distributed", "--nproc-per-node", processes,
+        "-e", "--resume", folder / LAST, "--save-dir", tmp_path / "e2", data,
+    )  # fmt: skip
+    assert many.returncode == 0, many.stderr
+    found = [result(tmp_path / name) for name in ("e1", "e2")]
+    assert found[0]["top1"] == found[1]["top1"] == lines_of(folder)[-2]["top1"] and found[0]["top5"] == found[1]["top5"]
+    assert (tmp_path / "e1" / "per_class.csv").read_text() == (tmp_path / "e2" / "per_class.csv").read_text()
+
+
+def test_evaluate(probe, data, pretrained, tmp_path, programs):
+    flags = ["-a", ARCH, "--img-size", 32, "-j", 0, "-e", "--resume", probe[0] / BEST]
+    before = {name: (probe[0] / name).read_bytes() for name in os.listdir(probe[0])}
+    for more in ([], ["--pretrained", pretrained], ["--eval-train"]):
+        status, out, err = programs("main_lincls", *flags, *more, "--save-dir", tmp_path / "e", data)
+        assert status == 0 and "val: top-1" in out and "Epoch" not in out, err  # the same file may be validated again
+        found = result(tmp_path / "e")
+        assert (found["top1"], found["top5"]) == (result(probe[0])["top1"], 100)
+        assert found["checkpoint"] == str(probe[0] / BEST)
+        assert found["checkpoint_sha256"] == hashlib.sha256(before[BEST]).hexdigest()
+    assert found["train_top1"] == result(probe[0])["train_top1"]
+    assert sorted(os.listdir(tmp_path / "e")) == ["per_class.csv", "result.json"]
+    assert {name: (probe[0] / name).read_bytes() for name in os.listdir(probe[0])} == before
+
+    only_val = tmp_path / "data"
+    shutil.copytree(os.path.join(data, "val"), only_val / "val")
+    shutil.copy(probe[0] / BEST, tmp_path / "mine.pth.tar")
+    flags[-1] = tmp_path / "mine.pth.tar"
+    assert programs("main_lincls", *flags, only_val)[0] == 0  # neither a train folder nor a --save-dir
+    assert result(tmp_path / "mine-evaluated")["top1"] == found["top1"]
+    flags[-1] = probe[0] / LAST
+    status, _, err = programs("main_lincls", *flags, "--save-dir", tmp_path / "mine-evaluated", data)
+    if hashlib.sha256(before[LAST]).digest() != hashlib.sha256(before[BEST]).digest():
+        assert status == 2 and "holds another run's result.json" in err
+
+
+def forms(path, folder):
+    """The published forms of a checkpoint: {name: path}."""
+    whole = torch.load(path, weights_only=True)
+    encoder = {name: w for name, w in whole["state_dict"].items() if "encoder_q." in name}
+    plain = {n.removeprefix("module.encoder_q."): w for n, w in encoder.items() if ".fc." not in n}
+    old = {"epoch": 200, "arch": ARCH, "state_dict": encoder}
+    contents = {
+        "published": {"epoch": 200, "arch": ARCH, "state_dict": encoder},
+        "without_ddp": {**old, "state_dict": {n.removeprefix("module."): w for n, w in encoder.items()}},
+        "torchvision": {**plain, "fc.weight": torch.ones(1000, 1024), "fc.bias": torch.ones(1000)},
+    }
+    for name, content in contents.items():
+        torch.save(content, folder / name, _use_new_zipfile_serialization=name != "published")
+    return [folder / name for name in contents]
+
+
+def test_every_form_of_checkpoint_gives_the_same_probe(probe, data, pretrained, tmp_path, programs):
+    for path in forms(pretrained, tmp_path):
+        flags = [*FLAGS, "--pretrained", path, "--save-dir", tmp_path / f"{path.name}-run", data]
+        status, out, err = programs("main_lincls", *flags)
+        assert status == 0 and "336 tensors" in out, err
+        ours = checkpoint.load(str(tmp_path / f"{path.name}-run" / LAST))["state_dict"]
+        theirs = checkpoint.load(str(probe[0] / LAST))["state_dict"]
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert ("200 epochs" in out) == (path.name != "torchvision")
+
+
+def test_random_is_another_backbone(probe, data, tmp_path, programs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = programs("main_lincls", *FLAGS, "--pretrained", "random", data)
+    folder = tmp_path / f"random-{ARCH}-lincls-lr1"  # its own, where none is given
+    assert status == 0 and "backbone           random weights, seed 3" in out, err
+    assert result(folder)["checkpoint_sha256"] is None
+    state = checkpoint.load(str(folder / LAST))["state_dict"]
+    assert not torch.equal(state["module.conv1.0.weight"], checkpoint.load(str(probe[0] / LAST))["state_dict"]["module.conv1.0.weight"])  # fmt: skip # noqa: E501
+
+
+def test_a_folder_of_its_own_beside_the_checkpoint(data, pretrained, tmp_path, programs):
+    shutil.copy(pretrained, tmp_path / "checkpoint_0004.pth.tar")
+    flags = [*FLAGS, "--epochs", 1, "--pretrained", tmp_path / "checkpoint_0004.pth.tar", data]
+    assert programs("main_lincls", *flags)[0] == 0
+    folder = tmp_path / "checkpoint_0004-lincls-lr1"
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    status, _, err = programs("main_lincls", *flags)
+    refused((status, "", err), f"--save-dir {folder} holds another run ({LAST})")
+    os.mkdir(tmp_path / "r")
+    shutil.copy(folder / "result.json", tmp_path / "r")
+    refused(programs("main_lincls", *flags, "--save-dir", tmp_path / "r"), "holds another run's result.json")
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+    assert programs("main_lincls", *flags, "--lr", 2)[0] == 0  # another learning rate, another folder
+    status, _, err = programs("main_lincls", *flags, "--seed", 4, "--overwrite")
+    assert status == 0 and checkpoint.load(str(folder / LAST))["config"]["seed"] == 4, err
+
+
+def test_sizes_of_batches(data, pretrained, tmp_path, programs):
+    """More than the data set, one image, and a last batch of one image: 24 = 23 + 1."""
+    for batch, steps in ((500, 1), (1, 24), (23, 1)):
+        flags = [*FLAGS, "--epochs", 1, "-b", batch, "--pretrained", pretrained, "--save-dir", tmp_path / str(batch)]
+        status, out, err = programs("main_lincls", *flags, data)
+        assert status == 0 and f"steps per epoch    {steps}\n" in out, err
+
+
+def refused(run, message, folder=None):
+    status, out, err = run
+    assert status == 2 and err.count("\n") == 1 and message in err and "Epoch" not in out, err
+    assert folder is None or not os.path.exists(folder)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("", "--pretrained is needed: a checkpoint's path, or 'random'"),
+        ("-e", "-e validates a saved classifier: name it with --resume"),
+        ("--resume auto", "holds no run yet, and a new one needs --pretrained"),
+        ("--pretrained nowhere.pth.tar", "nowhere.pth.tar: no such checkpoint file"),
+        ("-e --resume nowhere.pth.tar", "nowhere.pth.tar: no such checkpoint file"),
+        ("-e --resume auto", "auto: no such checkpoint file"),
+        ("--pretrained random --lr -1", "'-1' is not a number >= 0"),
+        ("--pretrained random --lr-min 0.1", "--lr-min 0.1 goes with --cos"),
+        ("--pretrained random --start-epoch 3", "--start-epoch 3 must be below --epochs 3"),
+        ("--pretrained random -b 0", "'0' is not a whole number >= 1"),
+        ("--pretrained random --train-percent 1", "unrecognized arguments: --train-percent"),
+        ("--pretrained random --img-size 7", "'7' is not a whole number >= 8"),
+        ("--pretrained random -a resnet5", "did you mean 'resnet50'"),
+    ],
+)
+def test_bad_flags(data, tmp_path, programs, flags, message):
+    refused(
+        programs("main_lincls", *FLAGS, *flags.split(), "--save-dir", tmp_path / "r", data), message, tmp_path / "r"
+    )
+
+
+def test_bad_checkpoints(probe, data, pretrained, tmp_path, programs):
+    folder = tmp_path / "r"
+
+    def run(*flags):
+        return programs("main_lincls", *FLAGS, *flags, "--save-dir", folder, data)
+
+    message = f"is a checkpoint of '{ARCH}'; --arch is 'resnet18'"
+    refused(run("-a", "resnet18", "--pretrained", pretrained), message, folder)
+    refused(run("-a", "resnet18", "-e", "--resume", probe[0] / LAST), message, folder)
+    message = f"{LAST}: is a classifier's checkpoint; --pretrained takes a pretraining's"
+    refused(run("--pretrained", probe[0] / LAST), message, folder)
+    for flags in (["-e", "--resume", pretrained], ["--pretrained", "random", "--resume", pretrained]):
+        refused(run(*flags), "is a pretraining checkpoint; --pretrained takes it", folder)
+    refused(run("--resume", probe[0] / LAST, "--pretrained", "random"), "checkpoint_sha256", folder)
+    refused(run("--resume", probe[0] / LAST, "--lr", 2, "-b", 4), "lr 1.0 → 2.0; global_batch 8 → 4", folder)
+    refused(run("--resume", probe[0] / LAST, "--seed", 4), "was run with seed 3", folder)
+
+    content = torch.load(pretrained, weights_only=True)
+    del content["state_dict"]["module.encoder_q.conv5.0.weight"]
+    torch.save(content, tmp_path / "lacks.pth.tar")
+    refused(run("--pretrained", tmp_path / "lacks.pth.tar"), "missing: conv5.0.weight", folder)
+    (tmp_path / "cut.pth.tar").write_bytes((probe[0] / LAST).read_bytes()[:20000])
+    refused(run("--pretrained", tmp_path / "cut.pth.tar"), "cut.pth.tar: not a whole checkpoint file", folder)
+    refused(run("-e", "--resume", tmp_path / "cut.pth.tar"), "cut.pth.tar: not a whole checkpoint file", folder)
+
+    other = torch.load(probe[0] / LAST, weights_only=True)
+    other["config"] = {}  # as the reference's files, which say nothing of their settings
+    other["state_dict"]["module.conv5.0.weight"] += 1
+    torch.save(other, tmp_path / "other.pth.tar")
+    message = f"other.pth.tar: its frozen backbone is not that of --pretrained {pretrained}"
+    refused(run("--pretrained", pretrained, "--resume", tmp_path / "other.pth.tar"), message, folder)
+    other["scheduler"] = {}
+    torch.save(other, tmp_path / "other.pth.tar")
+    refused(run("--resume", tmp_path / "other.pth.tar"), "is a checkpoint of main_semisup.py", folder)
+    torch.save({"state_dict": other["state_dict"]}, tmp_path / "other.pth.tar")
+    refused(run("--resume", tmp_path / "other.pth.tar"), "it has no epoch, best_acc1, optimizer", folder)
+
+
+def test_bad_data(probe, data, pretrained, tmp_path, programs):
+    def run(folder, *flags):
+        return programs("main_lincls", *FLAGS, *(flags or ("--pretrained", pretrained)), "--save-dir", tmp_path / "r", folder)  # fmt: skip # noqa: E501
+
+    make_images(tmp_path / "a" / "train", classes=3, images=2)
+    make_images(tmp_path / "a" / "val", classes=4, images=2)
+    refused(run(tmp_path / "a"), "train and val hold different classes: c3 (in val only)", tmp_path / "r")
+    os.rename(tmp_path / "a" / "val" / "c3", tmp_path / "a" / "train" / "c3")
+    for name in os.listdir(tmp_path / "a" / "train" / "c3"):
+        os.remove(tmp_path / "a" / "train" / "c3" / name)
+    os.mkdir(tmp_path / "a" / "val" / "c3")
+    refused(run(tmp_path / "a"), "Found no valid file for the classes c3", tmp_path / "r")
+    refused(run(tmp_path), "has no folder 'val' in it", tmp_path / "r")
+    make_images(tmp_path / "b" / "val", classes=2, images=2)
+    message = "knows other classes than"
+    refused(run(tmp_path / "b", "-e", "--resume", probe[0] / LAST), message, tmp_path / "r")
+    make_images(tmp_path / "c" / "train", classes=2, images=4)
+    make_images(tmp_path / "c" / "val", classes=2, images=4)
+    (tmp_path / "c" / "train" / "c1" / "2.jpg").write_bytes(b"not an image")
+    status, _, err = run(tmp_path / "c")
+    assert status == 2 and err.count("\n") == 1 and "2.jpg: cannot be read as an image" in err
+
+
+def test_torchrun_reports_once(data, pretrained, tmp_path):
+    run = command("torchrun", "--nproc-per-node", 2, "main_lincls.py", *FLAGS, "-a", "resnet18", "--pretrained",
+                  pretrained, "--save-dir", tmp_path / "r", data)  # fmt: skip
+    assert run.returncode == 1 and run.stderr.count("main_lincls.py: error: ") == 1
+    run = command("torchrun", "--nproc-per-node", 2, "main_lincls.py", *FLAGS, "--epochs", 1, "--pretrained",
+                  pretrained, "--save-dir", tmp_path / "r", data)  # fmt: skip
+    assert run.returncode == 0 and run.stdout.count("Done. Best top-1") == 1, run.stderr
