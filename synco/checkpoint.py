@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, loaded without executing anything, resumed exactly; ours, SynCo's and MoCo's."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -22,18 +23,25 @@ ENCODER = "encoder_q."  # the query encoder in a pretraining checkpoint
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvision's weights, which we do not build
 
 
-def save(checkpoint, path):
-    """Write to a temporary file in the same folder, flush it to disk, rename: `path` is whole at every moment."""
+@contextlib.contextmanager
+def whole(path):
+    """A binary file to write to, in the same folder; flushed to disk and renamed: `path` is whole at every moment."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save(checkpoint, path):
+    """Write a checkpoint, whole or not at all."""
+    with whole(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load(path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torchvision
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -69,6 +70,62 @@ def program(monkeypatch, capsys):
 
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """tool(module, "flags ...") runs a tool of one process in this process → (exit status, stdout, stderr)."""
+    from synco import distributed
+
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+        status = 0
+        capsys.readouterr()
+        try:
+            distributed.command(module.run, module.parse)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def make_pretrained(arch, path):
+    """A pretraining's checkpoint of 200 epochs in the published format, all its numbers distinct → its query encoder.
+
+    The key encoder and the queue are cut down to a few tensors: readers of the backbone pass over them.
+    """
+    torch.manual_seed(len(arch))
+    encoder = torchvision.models.get_model(arch, num_classes=16)
+    width = encoder.fc.in_features
+    encoder.fc = torch.nn.Sequential(torch.nn.Linear(width, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    for norm in encoder.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for tensor in (norm.weight.data, norm.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (norm.bias.data, norm.running_mean):
+                tensor.normal_(0, 0.1)
+            norm.num_batches_tracked.fill_(7)
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state["module.encoder_k.conv1.weight"] = encoder.conv1.weight.data + 1
+    state["module.queue"], state["module.queue_ptr"] = torch.ones(4, 16), torch.zeros(1, dtype=torch.long)
+    torch.save({"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {}}, path)
+    return encoder.eval()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """pretrained(arch) → (a checkpoint's path, its query encoder), from `make_pretrained`, once per session."""
+    folder, made = tmp_path_factory.mktemp("pretrained"), {}
+
+    def get(arch):
+        if arch not in made:
+            path = folder / f"{arch}.pth.tar"
+            made[arch] = path, make_pretrained(arch, path)
+        return made[arch]
+
+    return get
 
 
 def free_port():
