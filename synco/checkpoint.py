@@ -65,9 +65,9 @@ def load(path):
         checkpoint = {"state_dict": checkpoint}  # weights alone, as torchvision's are
     if not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'state_dict'")
-    strange = [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise UserError(f"{path}: not a checkpoint: {strange[0]!r} in its 'state_dict' is no tensor")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: not a checkpoint: {name!r} in its 'state_dict' is no tensor's name")
     if not isinstance(checkpoint.get("config"), dict):  # MoCo's and SynCo's own have none
         checkpoint["config"] = {}
     return checkpoint

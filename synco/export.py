@@ -11,6 +11,7 @@ the checkpoint's name of the network, epoch and SHA-256 in its metadata.
 
 import argparse
 import importlib.util
+import io
 import os
 
 import torch
@@ -131,12 +132,16 @@ def origin(saved, path):
 
 def write(tensors, path, facts):
     """Write {name: tensor} as the file's suffix says, whole or not at all."""
-    if not path.endswith(".safetensors"):
-        return checkpoint.save(tensors, path)
-    import safetensors.torch  # an optional package, used for this format alone
+    if path.endswith(".safetensors"):
+        import safetensors.torch  # an optional package, used for this format alone
 
+        content = safetensors.torch.save(tensors, {name: str(value) for name, value in facts.items()})
+    else:
+        buffer = io.BytesIO()  # torch.save hides what goes wrong on a disk, a full one for instance
+        torch.save(tensors, buffer)
+        content = buffer.getbuffer()
     with checkpoint.whole(path) as file:
-        file.write(safetensors.torch.save(tensors, {name: str(value) for name, value in facts.items()}))
+        file.write(content)
 
 
 def size(tensors):
