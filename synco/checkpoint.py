@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, loaded without executing anything, resumed exactly; ours, SynCo's and MoCo's."""
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -23,18 +24,25 @@ ENCODER = "encoder_q."  # the query encoder in a pretraining checkpoint
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvision's weights, which we do not build
 
 
-def save(checkpoint, path):
-    """Write to a temporary file in the same folder, flush it to disk, rename: `path` is whole at every moment."""
+@contextlib.contextmanager
+def whole(path):
+    """A binary file to write to, in the same folder; flushed to disk and renamed: `path` is whole at every moment."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def save(checkpoint, path):
+    """Write a checkpoint, whole or not at all."""
+    with whole(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load(path):
@@ -58,9 +66,9 @@ def load(path):
         checkpoint = {"state_dict": checkpoint}  # weights alone, as torchvision's are
     if not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint: it has no 'state_dict'")
-    strange = [name for name, value in checkpoint["state_dict"].items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise UserError(f"{path}: not a checkpoint: {strange[0]!r} in its 'state_dict' is no tensor")
+    for name, value in checkpoint["state_dict"].items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: not a checkpoint: {name!r} in its 'state_dict' is no tensor's name")
     if not isinstance(checkpoint.get("config"), dict):  # MoCo's and SynCo's own have none
         checkpoint["config"] = {}
     return checkpoint

@@ -68,6 +68,18 @@ def launch(worker, parse):
         sys.exit(INTERRUPTED)
 
 
+def command(main, parse):
+    """Run main(parse()) in this process, for a tool that needs no others; errors are reported as `launch` does."""
+    try:
+        main(parse())
+    except UserError as error:
+        _report(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _report("interrupted")
+        sys.exit(INTERRUPTED)
+
+
 def _plan(args):
     """The way to start the processes, as a function of (worker, args). Raises UserError where the flags contradict."""
     if args.dist_backend == "nccl" and not torch.cuda.is_available():

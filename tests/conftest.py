@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torchvision
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -81,20 +82,66 @@ def program(programs):
     return functools.partial(programs, "main_synco")
 
 
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory):
-    """A pretraining checkpoint of a small network, with running statistics of its own → path."""
-    from synco import checkpoint
-    from synco.builder import SynCo, torchvision_network
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """tool(module, "flags ...") runs a tool of one process in this process → (exit status, stdout, stderr)."""
+    from synco import distributed
 
-    torch.manual_seed(11)
-    model = SynCo(torchvision_network(ARCH, 32), 16, 64, mlp=True, n_hard=8)
-    with torch.no_grad():
-        model.encoder_q(torch.randn(16, 3, 32, 32))
-    path = str(tmp_path_factory.mktemp("pretrained") / "checkpoint_0004.pth.tar")
-    content = {"epoch": 5, "arch": ARCH, "state_dict": checkpoint.prefixed(model), "config": {"img_size": 32}}
-    checkpoint.save(content, path)
-    return path
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+        status = 0
+        capsys.readouterr()
+        try:
+            distributed.command(module.run, module.parse)
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def make_pretrained(arch, path):
+    """A pretraining's checkpoint of 200 epochs in the published format, all its numbers distinct → its query encoder.
+
+    The key encoder and the queue are cut down to a few tensors: readers of the backbone pass over them.
+    """
+    torch.manual_seed(len(arch))
+    encoder = torchvision.models.get_model(arch, num_classes=16)
+    width = encoder.fc.in_features
+    encoder.fc = torch.nn.Sequential(torch.nn.Linear(width, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    for norm in encoder.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for tensor in (norm.weight.data, norm.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (norm.bias.data, norm.running_mean):
+                tensor.normal_(0, 0.1)
+            norm.num_batches_tracked.fill_(7)
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state["module.encoder_k.conv1.weight"] = torch.ones(4)
+    state["module.queue"], state["module.queue_ptr"] = torch.ones(4, 16), torch.zeros(1, dtype=torch.long)
+    torch.save({"epoch": 200, "arch": arch, "state_dict": state, "optimizer": {}}, path)
+    return encoder.eval()
+
+
+@pytest.fixture(scope="session")
+def pretrained_of(tmp_path_factory):
+    """pretrained_of(arch) → (a checkpoint's path, its query encoder), from `make_pretrained`, once per session."""
+    folder, made = tmp_path_factory.mktemp("pretrained"), {}
+
+    def get(arch):
+        if arch not in made:
+            path = folder / f"{arch}.pth.tar"
+            made[arch] = path, make_pretrained(arch, path)
+        return made[arch]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pretrained(pretrained_of):
+    """A `pretrained_of` a small network → path."""
+    return str(pretrained_of(ARCH)[0])
 
 
 def free_port():

@@ -222,12 +222,13 @@ def test_hostile_and_foreign_files_are_refused(tmp_path, monkeypatch):
     assert not os.path.exists("executed")
     torch.save([1, 2], "list.pth.tar")
     torch.save({"state_dict": {"w": 3}}, "number.pth.tar")
+    torch.save({0: torch.ones(2)}, "nameless.pth.tar")
     with open("text.pth.tar", "w") as file:
         file.write("hello\n" * 100)
     open("empty.pth.tar", "w").close()
     with zipfile.ZipFile("zip.pth.tar", "w") as file:
         file.writestr("a.txt", "a")
-    for name in ("list", "number", "text", "empty", "zip"):
+    for name in ("list", "number", "nameless", "text", "empty", "zip"):
         with pytest.raises(UserError, match=f"{name}.pth.tar: ") as error:
             checkpoint.load(f"{name}.pth.tar")
         assert "\n" not in str(error.value)

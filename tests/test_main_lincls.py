@@ -52,7 +52,7 @@ def test_a_probe(probe, data, pretrained):
     assert run.returncode == 0 and run.stderr == "", run.stderr
     for fact in (
         "images             24 to train, 7 to validate, 3 classes",
-        f"backbone           {pretrained}, {ARCH}, 5 epochs: 336 tensors of the query encoder",
+        f"backbone           {pretrained}, {ARCH}, 200 epochs: 336 tensors of the query encoder",
         "global batch       8",
         "steps per epoch    3",
         "seed               3",

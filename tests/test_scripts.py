@@ -456,6 +456,80 @@ def test_extract_with_the_devkit_without_scipy(given, tmp_path):
     assert not (given / "out").exists()
 
 
+# --------------------------------------------------------------------------------------------------------- detection
+
+DETECTION = {
+    "voc": ("pascal_voc_R_50_C4_24k_synco", [1, 2, 3, 4, 5]),
+    "coco_1x": ("coco_R_50_C4_1x_synco", [1]),
+    "coco_2x": ("coco_R_50_C4_2x_synco", [1]),
+}
+
+
+@pytest.fixture
+def detected(tmp_path, monkeypatch):
+    """detected(name, words ...) runs a script whose python is a stub → ([train_net's args, as it parses them], the
+    words of the last call)."""
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "detection" / "train_net.py")
+    train_net = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_net)
+    stub = program(tmp_path / "bin", "python", "printf '%s\\n' \"$@\" END")
+
+    def start(name, *words, **env):
+        script = ROOT / "scripts" / f"detection_{name}.sh"
+        done = bash(script, *words, cwd=tmp_path, first_on_path=stub, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        calls = [text.splitlines() for text in done.stdout.split("END\n")[:-1]]
+        parsed = []
+        for path, *given in calls[:-1]:
+            assert os.path.samefile(tmp_path / path, ROOT / "detection" / "train_net.py")
+            monkeypatch.setattr(sys, "argv", ["train_net.py", *given])
+            parsed.append(train_net.parse())
+        return parsed, calls[-1]
+
+    monkeypatch.delenv("NPROC", raising=False)
+    return start
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_detection(detected, name):
+    config, trials = DETECTION[name]
+    runs, last = detected(name, "my weights.pkl", "my data", "runs/my run")
+    for args, trial in zip(runs, trials, strict=True):
+        assert os.path.samefile(args.config_file, ROOT / "detection" / "configs" / f"{config}.yaml")
+        assert (args.data_dir, args.num_gpus, args.resume, args.eval_only) == ("my data", 8, True, False)
+        changes = dict(zip(args.opts[::2], args.opts[1::2]))
+        assert changes == {
+            "MODEL.WEIGHTS": "my weights.pkl",
+            "OUTPUT_DIR": f"runs/my run/trial{trial}",
+            "SOLVER.REFERENCE_WORLD_SIZE": "8",
+        }
+    assert last[0].endswith("summarize.py") and last[1:] == ["runs/my run"]
+
+
+@pytest.mark.parametrize("name", DETECTION)
+def test_detection_of_one_trial_with_more_words(detected, name):
+    """Flags and KEY VALUE pairs in any order, after those of the script and so stronger."""
+    more = ["7", "--eval-only", "SOLVER.BASE_LR", "0.02", "SEED", "3"]
+    (args,), last = detected(name, "w.pkl", "data", "out", *more, NPROC="2")
+    assert (args.num_gpus, args.eval_only) == (2, True) and last[1:] == ["out"]
+    assert args.opts[2:4] == ["OUTPUT_DIR", "out/trial7"] and args.opts[-4:] == more[2:]
+
+
+@pytest.mark.parametrize("name", DETECTION)
+@pytest.mark.parametrize("words", [[], ["w.pkl", "data"], ["w.pkl", "data", "--resume"]])
+def test_detection_usage(tmp_path, name, words):
+    stub = program(tmp_path / "bin", "python", "echo started")
+    done = bash(ROOT / "scripts" / f"detection_{name}.sh", *words, cwd=tmp_path, first_on_path=stub)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "WEIGHTS DATA OUTPUT" in done.stderr
+
+
+def test_detection_stops_at_a_failure(tmp_path):
+    stub = program(tmp_path / "bin", "python", "echo started; exit 2")
+    done = bash(ROOT / "scripts" / "detection_voc.sh", "w", "d", "o", cwd=tmp_path, first_on_path=stub)
+    assert (done.returncode, done.stdout) == (2, "started\n")
+
+
 # ------------------------------------------------------------------------------------------------- make_demo_patches
 
 

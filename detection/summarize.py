@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""Mean ± standard deviation of the APs in detectron2's output folders, for boxes and, where there are any, masks.
+
+  python summarize.py runs/voc_synco runs/voc_supervised
+
+A folder is a run's OUTPUT_DIR, with its metrics.json, or holds several such runs. Runs whose folders differ only in a
+number after "trial" at the end (runs/voc/trial1 ..., runs/voc_trial1 ...) are trials of one row; all others are rows of
+their own. Of a run the last evaluation counts. ± is the sample standard deviation (n − 1) and is left out for n = 1.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+
+COLUMNS = {"bbox": ("AP50", "AP", "AP75"), "segm": ("AP50", "AP", "AP75")}
+NAMES = {"bbox": "box", "segm": "mask"}
+
+
+class Mistake(ValueError):
+    """A mistake of the user's, reported as one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Mistake(f"{message} (--help says more)")
+
+
+def parse():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="OUTPUT_DIR of a run, or a folder of such folders")
+    return parser.parse_args()
+
+
+def main():
+    rows = {}
+    for folder in parse().folders:
+        for run in runs_in(folder):
+            rows.setdefault(row_of(run), {})[run] = last_evaluation(run)
+    print_table({name: list(trials.values()) for name, trials in rows.items()})
+    for name, trials in rows.items():
+        iterations = {run: result["iteration"] for run, result in trials.items()}
+        if len(set(iterations.values())) > 1:
+            told = ", ".join(f"{os.path.basename(run)} {iteration}" for run, iteration in iterations.items())
+            print(f"note: {name}: the trials were evaluated at different iterations: {told}")
+
+
+def runs_in(folder):
+    """The folder itself if it is a run's, or the runs in it, trial2 before trial10. Raises Mistake if there is none."""
+    folder = os.path.normpath(folder)
+    if not os.path.isdir(folder):
+        raise Mistake(f"{folder}: no such folder")
+    if os.path.isfile(os.path.join(folder, "metrics.json")):
+        return [folder]
+    inside = [os.path.join(folder, name) for name in os.listdir(folder)]
+    found = [run for run in inside if os.path.isfile(os.path.join(run, "metrics.json"))]
+    if not found:
+        raise Mistake(f"{folder}: holds no metrics.json, nor does a folder in it: not the output of a training")
+    return sorted(found, key=lambda run: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", run)])
+
+
+def row_of(run):
+    """The row that a run belongs to: its path without the trial's number."""
+    return re.sub(r"[/\\_.-]?trial[_-]?\d+$", "", run) or "trial"
+
+
+def last_evaluation(run):
+    """The last line of metrics.json that has APs, as a dict. Raises Mistake if there is none."""
+    path = os.path.join(run, "metrics.json")
+    found = None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for i, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise Mistake(f"{path}: line {i} is not JSON") from error
+            if isinstance(line, dict) and "bbox/AP" in line:
+                found = line
+    if found is None:
+        raise Mistake(f"{path}: no line has bbox/AP: the run was not evaluated, or did not reach its end")
+    wanted = [f"bbox/{column}" for column in COLUMNS["bbox"]] + ["iteration"]
+    wanted += [f"segm/{column}" for column in COLUMNS["segm"] if "segm/AP" in found]
+    for key in wanted:
+        if not isinstance(found.get(key), (int, float)):
+            raise Mistake(f"{path}: its last evaluation has no {key}")
+    return found
+
+
+def print_table(rows):
+    """rows: {name: [evaluation of each trial]}."""
+    kinds = [kind for kind in COLUMNS if any(f"{kind}/AP" in trial for trials in rows.values() for trial in trials)]
+    keys = [f"{kind}/{column}" for kind in kinds for column in COLUMNS[kind]]
+    titles = [f"{NAMES[kind]} {column}" for kind in kinds for column in COLUMNS[kind]]
+    lines = [["run", "n", *titles]]
+    for name, trials in rows.items():
+        lines.append([name, str(len(trials)), *(cell([trial.get(key) for trial in trials]) for key in keys)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+
+
+def cell(values):
+    """[values of the trials] → "mean ± deviation", or "-" where a trial has none."""
+    if None in values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Mistake as mistake:
+        print(f"{os.path.basename(sys.argv[0])}: error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# VOC detection with R50-C4 from converted weights, 24,000 iterations, in OUTPUT/trial1 and so on.
+# Usage: scripts/detection_voc.sh WEIGHTS DATA OUTPUT [TRIAL] [extra flags or KEY VALUE pairs ...]
+# WEIGHTS is what convert-pretrain-to-detectron2.py wrote, DATA the folder of VOC2007 and VOC2012. Runs trials 1 to 5, or
+# the one of the number TRIAL.
+# An interrupted run goes on when the same command is called again. With fewer GPUs than 8 (NPROC=4 in the environment)
+# detectron2 scales batch, learning rate and schedule; extra words win over those below.
+set -euo pipefail
+
+if [[ $# -lt 3 || $1 == -* || $2 == -* || $3 == -* ]]; then
+    echo "usage: $0 WEIGHTS DATA OUTPUT [TRIAL] [extra flags or KEY VALUE pairs ...]" >&2
+    exit 2
+fi
+weights=$1 data=$2 output=$3 trials="1 2 3 4 5"
+shift 3
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+    trials=$1
+    shift
+fi
+
+detection=$(dirname "$0")/../detection
+for trial in $trials; do
+    python "$detection/train_net.py" --config-file "$detection/configs/pascal_voc_R_50_C4_24k_synco.yaml" \
+        --data-dir "$data" --num-gpus "${NPROC:-8}" --resume \
+        MODEL.WEIGHTS "$weights" OUTPUT_DIR "$output/trial$trial" SOLVER.REFERENCE_WORLD_SIZE 8 "$@"
+done
+python "$detection/summarize.py" "$output"
