@@ -17,6 +17,8 @@ class-balanced draw. Writes checkpoint_semisup.pth.tar (the last epoch), model_b
 per_class.csv, config.json, log.jsonl and TensorBoard files.
 """
 
+import math
+
 import torch
 
 from synco import classify, distributed, options, subsets
@@ -57,33 +59,51 @@ def run(process, args):
         groups.append({"params": backbone, "lr": args.lr_backbone})
         trial.check_batch_norm()
     optimizer = torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    trial.begin(optimizer, scheduler)
+    trial.begin(optimizer)
     if args.evaluate:
         return trial.evaluate()
+    if args.write_subset and process.rank == 0:
+        subsets.write_list(trial.train_images, args.write_subset)
     if finetune != (args.lr_backbone > 0):
         effect = "the backbone's weights will not move" if finetune else "the backbone stays frozen"
         distributed.warn(f"--weights {args.weights} with --lr-backbone {args.lr_backbone:g}: {effect}")
 
     learner = distributed.parallel(network, process.device)
     for epoch in range(trial.start_epoch, args.epochs):
+        for group, lr in zip(optimizer.param_groups, (args.lr_classifier, args.lr_backbone)):
+            group["lr"] = lr * cosine(epoch, args.epochs)
         network.train(finetune)
         trial.train(learner, optimizer, epoch)
         if not finetune and epoch in (trial.start_epoch, args.epochs - 1):
             trial.check_frozen()
-        scheduler.step()
-        trial.conclude(epoch, optimizer, scheduler)
+        trial.conclude(epoch, optimizer, scheduler=scheduler_state(args, epoch + 1))
     trial.finish()
 
 
 def labelled(images, args):
     """The part of the training images whose labels are used."""
     part, source = subsets.subset(images, args.train_percent, args.seed, args.subset_file)
-    distributed.say(f"{'labels':18} {len(part)} of {len(images)} images: {source}")
     args.subset_sha256 = subsets.digest(part)
-    if args.write_subset and distributed.rank() == 0:
-        subsets.write_list(part, args.write_subset)
+    distributed.say(f"{'labels':18} {len(part)} of {len(images)} images: {source}")
     return part
+
+
+def cosine(epoch, epochs):
+    """The part of the first learning rate that is left at this epoch."""
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def scheduler_state(args, done):
+    """The published key `scheduler`: what torch's CosineAnnealingLR would hold after that many epochs."""
+    rates = [args.lr_classifier] + [args.lr_backbone] * (args.weights == "finetune")
+    return {
+        "T_max": args.epochs,
+        "eta_min": 0.0,
+        "base_lrs": rates,
+        "last_epoch": done,
+        "_step_count": done + 1,
+        "_last_lr": [lr * cosine(done, args.epochs) for lr in rates],
+    }
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import torchvision
 
 from synco import checkpoint, distributed, knn, loader, metrics, options
-from synco.builder import SynCo, features, fitting, torchvision_network
+from synco.builder import SynCo, fitting, torchvision_network, try_images
 from synco.distributed import say
 from synco.negatives import TYPES
 from synco.options import UserError, number
@@ -102,7 +102,7 @@ def run(process, args):
     if start_epoch > args.epochs:
         raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
     if process.rank == 0:
-        checkpoint.prepare_folders(args, own_checkpoints(args), fresh=not path)
+        checkpoint.prepare_folders(args, own_checkpoints(args), own=[], fresh=not path)
         describe(args, process, batch, steps, start_epoch, path, before)
     saved = None  # its memory
     log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
@@ -191,8 +191,7 @@ def make_model(args, device):
         if not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules()):
             raise UserError(f"--sync-bn: {args.arch} has no BatchNorm")
     model.to(device).eval()
-    with fitting(args.arch, args.img_size), torch.no_grad():
-        features(model.encoder_q, model.head, torch.zeros(2, 3, args.img_size, args.img_size, device=device))
+    try_images(model.encoder_q, args.arch, args.img_size)
     return model.train()
 
 
@@ -254,7 +253,7 @@ def learning_rate(epoch, args):
 def find_checkpoint(args):
     """What --resume asks for: (path, the loaded checkpoint), or (None, None) for a fresh start."""
     path = distributed.from_rank_0(
-        checkpoint.resume_path(args, own_checkpoints(args)) if distributed.rank() == 0 else None
+        checkpoint.resume_path(args, own_checkpoints(args), own=[]) if distributed.rank() == 0 else None
     )
     return (path, checkpoint.load(path)) if path else (None, None)
 

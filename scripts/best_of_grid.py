@@ -26,7 +26,8 @@ def main():
     for path in sorted(folder.glob("*/result.json")):
         try:
             result = json.loads(path.read_text())
-            trials.append((result["top1"], result["top5"] or 0, result["epoch"], path.parent.name))
+            top1, top5, epoch = (result[name] for name in ("top1", "top5", "epoch"))
+            trials.append((float(top1), "" if top5 is None else f"{top5:.2f}", epoch or "", path.parent.name))
         except (OSError, ValueError, LookupError, TypeError) as error:
             refuse(f"{path}: not a result of main_lincls.py or main_semisup.py ({error})")
     if not trials:
@@ -35,7 +36,7 @@ def main():
     width = max(len("trial"), *(len(trial[-1]) for trial in trials))
     print(f"{'trial':{width}}  top-1  top-5  epoch")
     for i, (top1, top5, epoch, name) in enumerate(trials):
-        print(f"{name:{width}}  {top1:5.2f}  {top5:5.2f}  {epoch:5}{'  best' if i == 0 else ''}")
+        print(f"{name:{width}}  {top1:5.2f}  {top5:>5}  {epoch:>5}{'  best' if i == 0 else ''}")
 
 
 if __name__ == "__main__":

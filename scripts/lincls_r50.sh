@@ -16,9 +16,15 @@ if [[ ${1:--} != -* ]]; then
     shift
 fi
 
+failed=0
 for lr in ${LRS:-30}; do
     torchrun --standalone --nproc-per-node "${NPROC:-8}" "$root/main_lincls.py" \
         -a resnet50 --epochs 100 --lr "$lr" --schedule 60 80 --batch-size 256 --pretrained "$checkpoint" \
-        --resume auto --save-dir "$save_dir/lr$lr" "$data" "$@"
+        --resume auto --save-dir "$save_dir/lr$lr" "$data" "$@" || failed=$?
+    # after a rate that diverged the others still run; after Ctrl-C they do not
+    if [[ $failed -gt 128 ]]; then
+        exit "$failed"
+    fi
 done
 python "$root/scripts/best_of_grid.py" "$save_dir"
+exit "$failed"

@@ -23,10 +23,16 @@ if [[ ${1:--} != -* ]]; then
     shift
 fi
 
+failed=0
 for lr in ${LRS:-0.005 0.01 0.02 0.05 0.1}; do
     torchrun --standalone --nproc-per-node "${NPROC:-8}" "$root/main_semisup.py" \
         -a resnet50 --epochs "$epochs" --batch-size 1024 --lr-backbone "$lr" --lr-classifier 0.5 \
         --train-percent "$percent" --weights finetune --pretrained "$checkpoint" \
-        --resume auto --save-dir "$save_dir/lr$lr" "$data" "$@"
+        --resume auto --save-dir "$save_dir/lr$lr" "$data" "$@" || failed=$?
+    # after a rate that diverged the others still run; after Ctrl-C they do not
+    if [[ $failed -gt 128 ]]; then
+        exit "$failed"
+    fi
 done
 python "$root/scripts/best_of_grid.py" "$save_dir"
+exit "$failed"

@@ -275,10 +275,19 @@ def fitting(arch, img_size):
     """Around the building and the first use of a network: what it cannot do becomes a UserError of one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"-a {arch} --img-size {img_size}: {str(error).splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def try_images(network, arch, img_size):
+    """Raise UserError if a network cannot take images of that size. It is left in eval mode."""
+    network.eval()
+    device = next(network.parameters()).device
+    with fitting(arch, img_size):
+        network(torch.zeros(2, 3, img_size, img_size, device=device))
 
 
 def features(network, head, images):

@@ -57,7 +57,9 @@ def load(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: not a checkpoint of tensors and plain values ({_first_line(error)})") from error
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it names {found[1]}, which would have to be executed" if found else "it is of another kind"
+        raise UserError(f"{path}: not a checkpoint of tensors and plain values: {why}") from error
     except DAMAGED as error:
         raise UserError(f"{path}: not a whole checkpoint file: truncated, damaged or of another kind") from error
     if not isinstance(checkpoint, dict):
@@ -109,8 +111,7 @@ def resume(checkpoint, path, model, optimizer, arch):
         raise UserError(f"{path}: not a pretraining checkpoint that can be resumed: it has no {', '.join(missing)}")
     if checkpoint["arch"] != arch:
         raise UserError(f"{path}: is a checkpoint of {checkpoint['arch']!r}; --arch is {arch!r}")
-    if not isinstance(checkpoint["epoch"], int) or checkpoint["epoch"] < 0:
-        raise UserError(f"{path}: its epoch is {checkpoint['epoch']!r}, not a number of epochs done")
+    check_epoch(checkpoint, path)
 
     wanted = model.state_dict()
     found = unprefixed(checkpoint["state_dict"])
@@ -119,20 +120,29 @@ def resume(checkpoint, path, model, optimizer, arch):
     wrong = differences(found, wanted)
     if wrong:
         raise UserError(f"{path}: does not fit this model (dim, K, mlp?): {wrong}")
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     load_optimizer(checkpoint, path, optimizer)
-    for group, setting in zip(optimizer.param_groups, settings):
-        group.update(setting)  # the command line says lr, momentum and weight decay, the checkpoint the buffers
     model.load_state_dict(found)
     return checkpoint["epoch"]
 
 
+def check_epoch(checkpoint, path):
+    """Raise UserError unless its epoch is a number of epochs done."""
+    if not isinstance(checkpoint["epoch"], int) or checkpoint["epoch"] < 0:
+        raise UserError(f"{path}: its epoch is {checkpoint['epoch']!r}, not a number of epochs done")
+
+
 def load_optimizer(checkpoint, path, optimizer):
-    """Load a checkpoint's optimiser. Raises UserError if it does not fit."""
+    """Load a checkpoint's momentum; learning rate, momentum's factor and weight decay stay those of the command line.
+
+    Raises UserError if it does not fit; the optimiser is then as it was.
+    """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({_first_line(error)})") from error
+    for group, setting in zip(optimizer.param_groups, settings):
+        group.update(setting)
 
 
 def differences(found, wanted):
@@ -228,41 +238,53 @@ def choose_seed(given, path, config):
     return int.from_bytes(os.urandom(4), "little") if given is None else given
 
 
-def resume_path(args, mine):
+def resume_path(args, mine, own):
     """The checkpoint that --resume asks for, or None; refuses a --save-dir or --log-dir that holds something else.
 
-    mine: the checkpoints of a run in --save-dir, oldest first.
+    mine: the checkpoints of a run of this program in --save-dir, oldest first; own: the names of its other files.
     """
     newest = mine[-1] if mine else None
-    if args.resume == "auto":
-        path = newest
-    else:
-        path = args.resume or None
-        if path and not os.path.isfile(path):
-            raise UserError(f"{path}: no such checkpoint file")
-        inside = path and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
-        if inside and args.overwrite:
-            raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
-        if inside and os.path.basename(path) in [os.path.basename(older) for older in mine[:-1]]:
-            raise UserError(f"--resume {path}: --save-dir holds the newer {newest}, which would be left; give another")
-        if mine and not inside and not args.overwrite:
-            raise UserError(
-                f"--save-dir {args.save_dir} holds another run ({os.path.basename(newest)}): --resume auto "
-                "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
-            )
+    path = newest if args.resume == "auto" else args.resume or None
+    if path and not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint file")
+    if os.path.exists(args.save_dir) and not os.path.isdir(args.save_dir):
+        raise UserError(f"--save-dir {args.save_dir}: is not a folder")
+    inside = bool(path) and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
+    strange = [product for product in products(args.save_dir) if product not in {*mine, *own}]
+    if strange and not inside:
+        raise UserError(
+            f"--save-dir {args.save_dir} holds a run of another program ({os.path.basename(strange[0])}); give another"
+        )
+    if inside and args.overwrite:
+        raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
+    if inside and os.path.basename(path) in [os.path.basename(older) for older in mine[:-1]]:
+        raise UserError(f"--resume {path}: --save-dir holds the newer {newest}, which would be left; give another")
+    held = mine[-1:] or [name for name in own if os.path.exists(name)]
+    if held and not inside and not args.overwrite:
+        raise UserError(
+            f"--save-dir {args.save_dir} holds another run ({os.path.basename(held[0])}): --resume auto "
+            "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
+        )
     apart = os.path.realpath(args.log_dir) != os.path.realpath(args.save_dir)
     if apart and not path and not args.overwrite and metrics.log_files(args.log_dir):
         raise UserError(f"--log-dir {args.log_dir} holds the log of another run; give another, or --overwrite")
     return path
 
 
-def prepare_folders(args, mine, fresh):
+def products(folder):
+    """The files in a folder that only a run of one of the programs leaves there, whichever it was."""
+    patterns = ("checkpoint_*.pth.tar", "model_best_*.pth.tar", "result.json")
+    return [path for pattern in patterns for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))]
+
+
+def prepare_folders(args, mine, own, fresh):
     """Make the output folders if both can be written; a fresh start removes what another left in them.
 
     `resume_path` has seen to it that this is a run that --overwrite gives up, or one that left no checkpoint.
     """
     make_folders(args.save_dir, args.log_dir)
-    for path in (mine if args.overwrite else []) + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
+    old = [*mine, *(path for path in own if os.path.exists(path))] if args.overwrite else []
+    for path in old + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
         os.remove(path)
 
 

@@ -6,14 +6,12 @@ CHECKPOINT: of SynCo, MoCo, a classifier or torchvision's own weights, or 'rando
 train/CLASS/IMAGE, which vote, and val/CLASS/IMAGE, which are classified. Several processes: torchrun -m synco.knn ...
 """
 
-import argparse
-
 import torch
 import torch.nn.functional as F
 
-from synco import checkpoint, distributed, loader, options
-from synco.builder import features, fitting, head_name, torchvision_network
-from synco.options import UserError, number
+from synco import checkpoint, distributed, export, loader, options
+from synco.builder import features, fitting, head_name, torchvision_network, try_images
+from synco.options import number
 
 
 @torch.no_grad()
@@ -45,7 +43,8 @@ def predict(bank, bank_labels, queries, *, classes, k=200, t=0.1):
     for part in queries.split(256):  # bounds the (Q, M) similarities
         similarity, neighbours = (part @ bank.T).topk(k, dim=1)  # (q, k)
         votes = torch.zeros(len(part), classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[neighbours], (similarity / t).exp())
+        # of one query all votes are divided by its largest: a small t would otherwise overflow
+        votes.scatter_add_(1, bank_labels[neighbours], ((similarity - similarity[:, :1]) / t).exp())
         classes_of.append(votes.argmax(dim=1))
     return torch.cat(classes_of) if classes_of else bank_labels.new_empty(0)
 
@@ -96,36 +95,28 @@ def parse():
 
 def run(process, args):
     """Load the backbone, evaluate it, say what it reaches."""
-    found = checkpoint.load(args.checkpoint) if args.checkpoint != "random" else {"config": {}}
-    arch, size = args.arch or found.get("arch"), args.img_size or found["config"].get("img_size", 224)
-    if arch is None:
-        raise UserError(f"{args.checkpoint}: does not say of which network it is; give -a")
-    try:
-        arch, size = options.architecture(str(arch)), number(int, 8)(str(size))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{args.checkpoint}: {error}") from error
     train, val = loader.image_folder(args.data, "train"), loader.image_folder(args.data, "val")
     loader.same_classes(train, val, args.data)
-    classes = len(train.classes)
-
-    torch.manual_seed(args.seed)
-    with fitting(arch, size):
-        network = torchvision_network(arch, size)(num_classes=classes)
-        head = head_name(network, classes)
-    source = f"random weights, seed {args.seed}"
-    if args.checkpoint != "random":
-        weights = checkpoint.backbone(found, args.checkpoint, head, arch=arch, classifier=True)
-        count = checkpoint.load_backbone(network, head, weights, args.checkpoint)
-        source = checkpoint.summary(found, args.checkpoint, count)
-    distributed.say(f"{arch} at {size} pixels, {source}")
+    if args.checkpoint == "random":
+        arch, size = args.arch or "resnet50", args.img_size or 224
+        torch.manual_seed(args.seed)
+        with fitting(arch, size):
+            network = torchvision_network(arch, size)(num_classes=1000)
+            head = head_name(network, 1000)
+        source = f"random weights, seed {args.seed}"
+    else:
+        network, head, saved = export.load(args.checkpoint, args.arch)
+        arch, size = saved["arch"], args.img_size or saved["config"].get("img_size", 224)
+        source = checkpoint.summary(saved, args.checkpoint, len(export.backbone(network, head)))
+    network.to(process.device)
+    try_images(network, arch, size)
+    distributed.say(f"{source}; {arch} at {size} pixels")
 
     batch = loader.batch_each(args.batch_size, process.local_size)
     workers = loader.workers_each(args.workers, process.local_size)
     train.transform = val.transform = loader.center_view(size)
     parts = [loader.eval_loader(part, batch, process=process, workers=workers) for part in (train, val)]
-    network.to(process.device)
-    with fitting(arch, size):
-        top1 = accuracy(network, head, *parts, process.device, classes=classes, k=args.k, t=args.t)
+    top1 = accuracy(network, head, *parts, process.device, classes=len(train.classes), k=args.k, t=args.t)
     distributed.say(f"kNN (k = {min(args.k, len(train))}, {len(train)} images vote) on {len(val)} images: {top1:.2f} %")
 
 

@@ -62,9 +62,9 @@ class Pace:
         self.since, self.waited, self.images = now, 0.0, 0
         return found
 
-    def left(self, steps):
-        """Time for that many further steps, as "h:mm:ss"."""
-        return duration((time.perf_counter() - self.began) / self.steps * steps)
+    def left(self, steps, more=0.0):
+        """Time for that many further steps, and `more` seconds for other things, as "h:mm:ss"."""
+        return duration((time.perf_counter() - self.began) / self.steps * steps + more)
 
 
 @torch.no_grad()

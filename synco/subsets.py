@@ -3,12 +3,14 @@
 import collections
 import copy
 import hashlib
+import http.client
 import os
 import re
+import tempfile
 import time
 import urllib.request
 
-from synco import distributed
+from synco import checkpoint, distributed
 from synco.options import UserError
 
 # https://github.com/google-research/simclr (arXiv 2002.05709): {percent: (name, SHA-256)}
@@ -53,7 +55,7 @@ def balanced(images, percent, seed):
         of_class[label].append(name)
     chosen = []
     for names in of_class.values():
-        names.sort(key=lambda name: hashlib.sha256(f"{seed}/{percent}/{name}".encode()).digest())
+        names.sort(key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{percent}/{name}")).digest())
         chosen += names[: max(1, round(len(names) * percent / 100))]
     return sorted(chosen)
 
@@ -67,21 +69,25 @@ def names_of(images):
 def read_list(path):
     """The names in a list, one a line: "class/file", or as in SimCLR's "wnid_N.JPEG", whose class is the wnid."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, "rb") as file:
             return parse(file.read(), path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"{path}: the list of images cannot be read ({reason})") from error
+    except OSError as error:
+        raise UserError(f"{path}: the list of images cannot be read ({error.strerror})") from error
 
 
-def parse(text, path):
-    """The lines of a list → names "class/file"."""
+def parse(content, path):
+    """The lines of a list, as bytes → names "class/file". A file name may hold any byte but 0 and the line's end."""
+    if b"\0" in content:
+        raise UserError(f"{path}: not a list of images: it is no text file")
     names = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        group, separator, _ = line.rpartition("_")
-        if "/" not in line and not separator:
-            raise UserError(f"{path}: {line[:80]!r} is neither class/file nor a name like n04235860_14959.JPEG")
-        names.append(line if "/" in line else f"{group}/{line}")
+    for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        name = os.fsdecode(line.removesuffix(b"\r"))
+        group, separator, _ = name.rpartition("_")
+        if not name.strip():
+            continue
+        if "/" not in name and not separator:
+            raise UserError(f"{path}: {name[:80]!r} is neither class/file nor a name like n04235860_14959.JPEG")
+        names.append(name if "/" in name else f"{group}/{name}")
     if not names:
         raise UserError(f"{path}: the list names no image")
     twice = [name for name, times in collections.Counter(names).items() if times > 1]
@@ -114,30 +120,31 @@ def restricted(images, names, path="the draw"):
     return part
 
 
-def lines_of(images):
-    """The names of an ImageFolder's images, sorted, for `read_list`: "wnid_N.JPEG" where a name tells its class."""
+def list_of(images):
+    """The names of an ImageFolder's images, sorted, as `parse` reads them: "wnid_N.JPEG" where that tells the class."""
     lines = []
     for name in sorted(names_of(images)):
         group, _, file = name.partition("/")
         short = WNID.fullmatch(group) and file.rpartition("_")[0] == group
-        lines.append((file if short else name) + "\n")
-    return lines
+        lines.append(os.fsencode(file if short else name) + b"\n")
+    return b"".join(lines)
 
 
 def digest(images):
-    """The SHA-256 of `lines_of`."""
-    return hashlib.sha256("".join(lines_of(images)).encode()).hexdigest()
+    """The SHA-256 of `list_of`."""
+    return hashlib.sha256(list_of(images)).hexdigest()
 
 
 def write_list(images, path):
-    """Write `lines_of`. Raises UserError if the file is there and says something else."""
+    """Write `list_of`. Raises UserError if the file is there and says something else."""
+    content = list_of(images)
     try:
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as target:
-                if target.readlines() != lines_of(images):
+            with open(path, "rb") as file:
+                if file.read() != content:
                     raise UserError(f"--write-subset {path}: is there and holds something else; give another name")
-        with open(path, "w", encoding="utf-8") as target:
-            target.writelines(lines_of(images))
+        with checkpoint.whole(path) as file:
+            file.write(content)
     except OSError as error:
         raise UserError(f"--write-subset {path}: cannot be written ({error.strerror})") from error
 
@@ -159,31 +166,31 @@ def published_list(percent):
             content = file.read()
         if hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{path}: not SimCLR's list (its SHA-256 differs): remove it, and it is downloaded again")
-        return parse(content.decode(), path), path
+        return parse(content, path), path
     by_hand = f"put {URL}{name} at {path}, or name it with --subset-file"
     try:
         content = download(URL + name)
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
-        raise UserError(f"SimCLR's list {name} cannot be downloaded ({error}): {by_hand}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:  # urllib's own are OSErrors
+        why = str(error).strip() or type(error).__name__
+        raise UserError(f"SimCLR's list {name} cannot be downloaded ({why}): {by_hand}") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"what {URL}{name} sent is not SimCLR's list (its SHA-256 differs): {by_hand}")
     try:
         os.makedirs(cache_folder(), exist_ok=True)
-        temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
+        with tempfile.NamedTemporaryFile(dir=cache_folder(), delete=False) as file:  # several jobs may start at once
             file.write(content)
-        os.replace(temporary, path)
+        os.replace(file.name, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name the list with --subset-file") from error
-    return parse(content.decode(), path), path
+    return parse(content, path), path
 
 
 def download(url):
-    """What a URL sends, at most 16 MiB within `SECONDS`. Raises OSError."""
+    """What a URL sends, at most 16 MiB within `SECONDS`. Raises OSError or HTTPException."""
     end = time.monotonic() + SECONDS
     content = b""
     with urllib.request.urlopen(url, timeout=10) as answer:
-        while block := answer.read(1 << 16):
+        while block := answer.read1(1 << 16):
             content += block
             if time.monotonic() > end or len(content) > 16 << 20:
                 raise TimeoutError(f"not done after {SECONDS} s")

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import processes
+import torchvision
+from conftest import ARCH, make_images, processes
 from torch.utils.data import TensorDataset
 
 from synco import knn, loader
@@ -84,3 +85,65 @@ def _tiny(rank):
 
 def test_a_process_may_have_no_images_at_all():
     assert processes(3, _tiny) == [100.0] * 3
+
+
+def test_a_small_temperature_does_not_overflow():
+    """exp(1 / 0.005) is beyond float32: the votes are those of float64 all the same."""
+    torch.manual_seed(3)
+    bank, queries = F.normalize(torch.randn(60, 5)), F.normalize(torch.randn(30, 5))
+    labels = torch.randint(4, (60,))
+    found = knn.predict(bank, labels, queries, classes=4, k=20, t=0.005)
+    expected = [by_loop(bank.double().numpy(), labels, q, 20, 0.005, 4) for q in queries.double().numpy()]
+    assert found.tolist() == expected
+
+
+def test_the_command_line(programs, pretrained, data, tmp_path):
+    """Of every kind of checkpoint the same backbone, against a plain loop over torchvision's own network."""
+    state = torch.load(pretrained, weights_only=True)["state_dict"]
+    own = {n.removeprefix("module.encoder_q."): w for n, w in state.items() if "encoder_q" in n and ".fc." not in n}
+    net = torchvision.models.get_model(ARCH)
+    net.load_state_dict(own, strict=False)
+    net.fc = nn.Identity()
+    net.eval()
+    sets = []
+    for split in ("train", "val"):
+        images = loader.image_folder(data, split)
+        images.transform = loader.center_view(32)
+        with torch.no_grad():
+            rows = [(F.normalize(net(x[None]).double(), dim=1)[0].numpy(), label) for x, label in images]
+        sets.append(rows)
+    bank, labels = [row for row, _ in sets[0]], [label for _, label in sets[0]]
+    right = sum(by_loop(bank, labels, row, 5, 0.1, 3) == label for row, label in sets[1])
+
+    plain = net.state_dict() | {"fc.weight": torch.ones(1000, 1024), "fc.bias": torch.ones(1000)}
+    torch.save(plain, tmp_path / "plain.pth")
+    torch.save({"arch": ARCH, "state_dict": plain, "best_acc1": 1.0}, tmp_path / "classifier.pth.tar")
+    flags = ["-a", ARCH, "--img-size", 32, "-j", 0, "-k", 5]
+    for path in (pretrained, tmp_path / "plain.pth", tmp_path / "classifier.pth.tar"):
+        status, out, err = programs("synco.knn", path, data, *flags)
+        assert status == 0 and out.endswith(f"24 images vote) on 7 images: {100 * right / 7:.2f} %\n"), err
+        assert "336 tensors of " in out
+    content = torch.load(pretrained, weights_only=True)
+    torch.save(content | {"config": {"img_size": 32}}, tmp_path / "ours.pth.tar")
+    status, out, _ = programs("synco.knn", tmp_path / "ours.pth.tar", data, *flags[4:])  # the file says arch and size
+    assert status == 0 and f"{ARCH} at 32 pixels" in out and f"{100 * right / 7:.2f} %" in out
+    status, out, _ = programs("synco.knn", "random", data, *flags)
+    assert status == 0 and "random weights, seed 0" in out
+
+
+def test_bad_input_of_the_command_line(programs, pretrained, data, tmp_path):
+    torch.save(torchvision.models.get_model(ARCH).state_dict(), tmp_path / "plain.pth")
+    make_images(tmp_path / "d" / "train", classes=2, images=3)
+    make_images(tmp_path / "d" / "val", classes=2, images=2)
+    (tmp_path / "d" / "train" / "c1" / "2.jpg").write_bytes(b"no image")
+    for words, message in (
+        (["nowhere.pth", data], "nowhere.pth: no such checkpoint file"),
+        ([pretrained, tmp_path], "has no folder 'train' in it"),
+        ([tmp_path / "plain.pth", data], "plain.pth: does not say of which network it is"),
+        ([pretrained, data, "-a", "resnet18"], f"is a checkpoint of '{ARCH}'; --arch is 'resnet18'"),
+        ([pretrained, data, "-k", 0], "'0' is not a whole number >= 1"),
+        ([pretrained, tmp_path / "d", "--img-size", 32, "-j", 0], "2.jpg: cannot be read as an image"),
+        ([pretrained, tmp_path / "d", "--img-size", 32, "-j", 1], "2.jpg: cannot be read as an image"),
+    ):
+        status, out, err = programs("synco.knn", *words)
+        assert status == 2 and err.count("\n") == 1 and message in err, err

@@ -96,9 +96,9 @@ def test_an_interrupted_fine_tuning_ends_bit_identical(tuned, data, pretrained, 
     train = classify.Trial.train
 
     def interrupted(self, learner, optimizer, epoch):
+        train(self, learner, optimizer, epoch)
         if epoch == 2:
             raise KeyboardInterrupt
-        train(self, learner, optimizer, epoch)
 
     flags = [*TUNE, "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path / "r", data]
     with monkeypatch.context() as patch:
@@ -137,6 +137,61 @@ def test_ten_percent_and_its_list(data, pretrained, tmp_path, programs):
     listed.write_text("\n".join(lines[:2]))
     flags = [*base, "--subset-file", listed, "--resume", "auto", "--save-dir", tmp_path / "b", data]
     refused(programs("main_semisup", *flags), "subset_sha256")
+
+
+def test_evaluating_on_the_training_images_takes_those_of_the_run(data, pretrained, tmp_path, programs):
+    percent = ["--train-percent", 10]
+    flags = [*TUNE, "--epochs", 1, *percent, "--eval-train", "--pretrained", pretrained, "--save-dir", tmp_path / "r"]
+    assert programs("main_semisup", *flags, data)[0] == 0
+    base = [*FLAGS[:6], "-e", "--resume", tmp_path / "r" / LAST, "--eval-train", "--save-dir", tmp_path / "e", data]
+    status, out, err = programs("main_semisup", *base, *percent)  # the seed is the run's
+    assert status == 0 and result(tmp_path / "e")["train_top1"] == result(tmp_path / "r")["last"]["train_top1"], err
+    for more in ([], ["--train-percent", 1]):
+        run = programs("main_semisup", *base, *more)
+        assert run[0] == 2 and "was trained on other images (3) than the " in run[2]
+
+
+def test_a_start_epoch_has_its_own_rate(data, tmp_path, programs):
+    flags = [*TUNE, "--epochs", 4, "--start-epoch", 3, "--pretrained", "random", "--save-dir", tmp_path / "r", data]
+    assert programs("main_semisup", *flags)[0] == 0
+    rates = [line["lr"] for line in lines_of(tmp_path / "r") if line["kind"] == "train"]
+    assert rates == pytest.approx([0.5 * 0.5 * (1 + math.cos(math.pi * 3 / 4))] * len(rates)) and rates
+
+
+def test_the_published_scheduler_key_is_torchs(tuned):
+    """torch's own scheduler takes it and goes on as if it had made the steps itself."""
+    found = checkpoint.load(str(tuned[0] / LAST))["scheduler"]
+
+    def scheduler(epochs=5):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr} for lr in (0.5, 0.02)]
+        return torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(groups), epochs)
+
+    theirs = scheduler(3)
+    for _ in range(3):
+        theirs.optimizer.step()
+        theirs.step()
+    state = theirs.state_dict()
+    for name in ("T_max", "eta_min", "base_lrs", "last_epoch", "_step_count"):
+        assert found[name] == state[name], name
+    assert found["_last_lr"] == pytest.approx(state["_last_lr"], abs=1e-12)
+    scheduler().load_state_dict(found)
+
+
+def test_file_names_of_any_bytes(pretrained, tmp_path, programs):
+    make_images(tmp_path / "d" / "train", classes=2, images=3)
+    make_images(tmp_path / "d" / "val", classes=2, images=2)
+    folder = os.fsencode(tmp_path / "d" / "train" / "c0")
+    os.rename(folder + b"/0.jpg", folder + b"/caf\xe9 .jpg")
+    listed = tmp_path / "list"
+    flags = [*TUNE, "--epochs", 1, "--pretrained", pretrained]
+    status, out, err = programs(
+        "main_semisup", *flags, "--write-subset", listed, "--save-dir", tmp_path / "a", tmp_path / "d"
+    )
+    assert status == 0 and b"c0/caf\xe9 .jpg\n" in listed.read_bytes(), err
+    status, out, err = programs(
+        "main_semisup", *flags, "--subset-file", listed, "--save-dir", tmp_path / "b", tmp_path / "d"
+    )
+    assert status == 0 and "6 of 6 images" in out, err
 
 
 def test_a_last_batch_of_one_image_does_not_crash_batch_norm(data, pretrained, tmp_path, programs):

@@ -213,6 +213,14 @@ def test_epochs_of_a_fine_tuning(trials, percent, epochs):
     assert [args.epochs for args in trials("semisup_r50", *words)[1]] == [3] * 5
 
 
+@pytest.mark.parametrize("status, runs", [(1, 5), (130, 1)])
+def test_a_grid_goes_on_after_a_trial_that_fails_but_not_after_ctrl_c(tmp_path, status, runs):
+    stub = program(tmp_path / "bin", "torchrun", f"echo started; exit {status}")
+    (stub / "python").symlink_to(sys.executable)
+    done = bash(ROOT / "scripts" / "semisup_r50.sh", "10", "random", "imagenet", cwd=tmp_path, first_on_path=stub)
+    assert done.stdout.count("started") == runs and done.returncode != 0
+
+
 @pytest.mark.parametrize("name", GRID)
 def test_grid_usage(tmp_path, name):
     stub = program(tmp_path / "bin", "torchrun", "echo started")

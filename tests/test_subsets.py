@@ -6,6 +6,7 @@ import http.server
 import os
 import random
 import threading
+import time
 
 import pytest
 from PIL import Image
@@ -73,7 +74,7 @@ def test_neither_place_nor_order_matter_but_seed_and_percent_do(images, tmp_path
 
 def test_a_list_in_simclrs_format(photos, tmp_path):
     listed = tmp_path / "list.txt"
-    listed.write_bytes(b"\xef\xbb\xbfn04235860_3.JPEG\r\n\r\nn01440764_2.JPEG\r\nn04235860_0.JPEG \r\n")
+    listed.write_bytes(b"\xef\xbb\xbfn04235860_3.JPEG\r\n\r\nn01440764_2.JPEG\r\nn04235860_0.JPEG\r\n")
     part, source = subsets.subset(photos, 1, 0, str(listed))
     assert names(part) == ["n01440764/n01440764_2.JPEG", "n04235860/n04235860_0.JPEG", "n04235860/n04235860_3.JPEG"]
     assert part.targets == [0, 1, 1] and source == str(listed)
@@ -94,6 +95,9 @@ def test_what_is_written_is_read_again(photos, images, tmp_path):
             subsets.write_list(subsets.subset(given, 10, 5)[0], path)
         with open(path) as file:
             assert file.readlines() == lines
+    (tmp_path / "x.jpg").write_bytes(b"\xff\xd8")
+    with pytest.raises(UserError, match="is there and holds something else"):
+        subsets.write_list(part, str(tmp_path / "x.jpg"))
     with pytest.raises(UserError, match="cannot be written"):
         subsets.write_list(part, str(tmp_path / "none" / "x"))
 
@@ -106,7 +110,7 @@ def test_what_is_written_is_read_again(photos, images, tmp_path):
         (b"n01440764_2.JPEG\nn01440764/n01440764_2.JPEG\n", "1 images are listed more than once, such as n01440764/"),
         (b"n01440764_2.JPEG\nwhat is this\n", "'what is this' is neither class/file nor a name like"),
         (b"\n\n", "names no image"),
-        (b"\xff\xfe\x00", "not a text file"),
+        (b"GIF89a\x00", "it is no text file"),
         (None, r"cannot be read \(No such file"),
     ],
 )
@@ -183,18 +187,42 @@ def test_a_download_has_a_time_limit(photos, server, monkeypatch):
         self.send_response(200)
         self.end_headers()
         for _ in range(100):
-            self.wfile.write(b"x")
-            self.wfile.flush()
+            try:
+                self.wfile.write(b"x")
+                self.wfile.flush()
+            except OSError:  # the other side has had enough
+                return
             threading.Event().wait(0.05)
 
     monkeypatch.setattr(Handler, "do_GET", slowly)
+    began = time.monotonic()
     with pytest.raises(UserError, match="not done after 0.2 s"):
         subsets.subset(photos, 1, 0)
+    assert time.monotonic() - began < 3  # the server would take five seconds
+
+
+def test_an_answer_that_is_cut_short_or_no_http(photos, server, monkeypatch):
+    def cut(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"n01440764_1.JPEG")
+
+    monkeypatch.setattr(Handler, "do_GET", cut)
+    with pytest.raises(UserError, match="cannot be downloaded|is not SimCLR's list"):
+        subsets.subset(photos, 1, 0)
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.wfile.write(b"\x00\x01 garbage\r\n\r\n"))
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        subsets.subset(photos, 1, 0)
+    assert not (server[0] / "cache").exists()
 
 
 def test_the_published_digests_are_those_of_the_facts():
     assert {percent: name for percent, (name, _) in subsets.LISTS.items()} == {1: "1percent.txt", 10: "10percent.txt"}
-    assert all(len(digest) == 64 for _, digest in subsets.LISTS.values())
+    assert [digest[:8] + digest[-8:] for _, digest in subsets.LISTS.values()] == [
+        "71e82a489549cf17",
+        "6d09de11b9392091",
+    ]
     assert subsets.URL.startswith("https://raw.githubusercontent.com/google-research/simclr/master/")
 
 
