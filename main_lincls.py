@@ -18,8 +18,9 @@ import math
 
 import torch
 
-from synco import classify, distributed, options
+from synco import distributed, options
 from synco.options import UserError, number
+from synco.trial import Trial, check_flags
 
 
 def parse():
@@ -35,14 +36,14 @@ def parse():
     flag("--lr-min", default=0.0, type=number(float, 0), help="with --cos: where the learning rate ends")
     flag("--wd", "--weight-decay", default=0.0, type=number(float, 0), dest="weight_decay", help="weight decay")
     args = parser.parse_args()
-    classify.check_flags(args)
+    check_flags(args)
     if args.lr_min and not args.cos:
         raise UserError(f"--lr-min {args.lr_min:g} goes with --cos")
     return args
 
 
 def run(process, args):
-    trial = classify.Trial(process, args, "lincls", f"lincls-lr{args.lr:g}")
+    trial = Trial(process, args, "lincls", f"lincls-lr{args.lr:g}")
     trial.read_images()
     network, last_layer = trial.make_network()
     network.eval().requires_grad_(False)  # for good: BatchNorm's running statistics are part of the backbone

@@ -21,8 +21,9 @@ import math
 
 import torch
 
-from synco import classify, distributed, options, subsets
+from synco import distributed, options, subsets
 from synco.options import number
+from synco.trial import Trial, check_flags
 
 
 def parse():
@@ -40,14 +41,14 @@ def parse():
     flag("--lr-classifier", default=0.3, type=number(float, 0), help="the last layer's learning rate")
     flag("--wd", "--weight-decay", default=1e-6, type=number(float, 0), dest="weight_decay", help="weight decay")
     args = parser.parse_args()
-    classify.check_flags(args)
+    check_flags(args)
     return args
 
 
 def run(process, args):
     finetune = args.weights == "finetune"
     rates = f"lr{args.lr_backbone:g}-{args.lr_classifier:g}"
-    trial = classify.Trial(process, args, "semisup", f"semisup-{args.train_percent}percent-{args.weights}-{rates}")
+    trial = Trial(process, args, "semisup", f"semisup-{args.train_percent}percent-{args.weights}-{rates}")
     trial.read_images(lambda images: labelled(images, args))
     network, last_layer = trial.make_network()
     network.requires_grad_(finetune)

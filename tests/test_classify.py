@@ -11,7 +11,7 @@ from conftest import ARCH, processes
 from torch.utils.data import TensorDataset
 
 import main_lincls
-from synco import checkpoint, classify, loader
+from synco import checkpoint, classify, loader, trial
 from synco.builder import features
 from synco.distributed import Process
 
@@ -104,8 +104,8 @@ def test_the_frozen_check_sees_every_bit(spoil, names):
 
 def test_a_backbone_left_in_train_mode_ends_the_probe(programs, monkeypatch, data, tmp_path):
     """The published recipe broken on purpose: BatchNorm's statistics move while every weight stays."""
-    train = classify.Trial.train
-    monkeypatch.setattr(classify.Trial, "train", lambda self, *args: (self.network.train(), train(self, *args)))
+    train = trial.Trial.train
+    monkeypatch.setattr(trial.Trial, "train", lambda self, *args: (self.network.train(), train(self, *args)))
     flags = ["-a", ARCH, "--img-size", 32, "-j", 0, "-b", 8, "--epochs", 1, "--lr", 1, "--pretrained", "random"]
     with pytest.raises(RuntimeError, match="the frozen backbone has changed in .* conv1.1.running_mean"):
         programs("main_lincls", *flags, "--save-dir", tmp_path / "r", data)
@@ -163,7 +163,7 @@ def test_the_learning_rates_of_the_probe():
 
 
 def test_a_class_name_with_a_comma_is_one_cell_of_the_table(tmp_path):
-    classify.write_csv(tmp_path / "x.csv", ["class", "n"], [['a, "b"', 3]])
+    trial.write_csv(tmp_path / "x.csv", ["class", "n"], [['a, "b"', 3]])
     assert (tmp_path / "x.csv").read_text() == 'class,n\n"a, ""b""",3\n'
 
 
@@ -171,12 +171,12 @@ def test_default_folders():
     class Args:
         resume, evaluate, pretrained, arch = "", False, "runs/a/checkpoint_0199.pth.tar", "resnet50"
 
-    assert classify.default_folder(Args, "lincls-lr30") == "runs/a/checkpoint_0199-lincls-lr30"
+    assert trial.default_folder(Args, "lincls-lr30") == "runs/a/checkpoint_0199-lincls-lr30"
     Args.pretrained = "moco_v2.800ep.pth"
-    assert classify.default_folder(Args, "lincls-lr30") == "moco_v2.800ep-lincls-lr30"
+    assert trial.default_folder(Args, "lincls-lr30") == "moco_v2.800ep-lincls-lr30"
     Args.pretrained = "random"
-    assert classify.default_folder(Args, "lincls-lr30") == "random-resnet50-lincls-lr30"
+    assert trial.default_folder(Args, "lincls-lr30") == "random-resnet50-lincls-lr30"
     Args.resume = "runs/p/checkpoint_lincls.pth.tar"
-    assert classify.default_folder(Args, "lincls-lr30") == "runs/p"
+    assert trial.default_folder(Args, "lincls-lr30") == "runs/p"
     Args.evaluate = True
-    assert classify.default_folder(Args, "lincls-lr30") == "runs/p/checkpoint_lincls-evaluated"
+    assert trial.default_folder(Args, "lincls-lr30") == "runs/p/checkpoint_lincls-evaluated"

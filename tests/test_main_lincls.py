@@ -11,7 +11,7 @@ import torch
 import torchvision
 from conftest import ARCH, command, free_port, make_images
 
-from synco import checkpoint, classify, metrics
+from synco import checkpoint, metrics, trial
 
 FLAGS = f"-a {ARCH} --img-size 32 -j 0 -b 8 --epochs 3 --lr 1 --schedule 2 --seed 3 -p 2".split()
 LAST, BEST = "checkpoint_lincls.pth.tar", "model_best_lincls.pth.tar"
@@ -101,7 +101,7 @@ def test_a_probe(probe, data, pretrained):
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_an_interrupted_probe_ends_bit_identical(probe, data, pretrained, tmp_path, programs, monkeypatch, stop):
-    train = classify.Trial.train
+    train = trial.Trial.train
 
     def interrupted(self, learner, optimizer, epoch):
         train(self, learner, optimizer, epoch)
@@ -110,7 +110,7 @@ def test_an_interrupted_probe_ends_bit_identical(probe, data, pretrained, tmp_pa
 
     flags = [*FLAGS, "--eval-train", "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path / "r", data]
     with monkeypatch.context() as patch:
-        patch.setattr(classify.Trial, "train", interrupted)
+        patch.setattr(trial.Trial, "train", interrupted)
         assert programs("main_lincls", *flags)[0] == 130
     assert checkpoint.load(str(tmp_path / "r" / LAST))["epoch"] == stop
     status, out, err = programs("main_lincls", *flags)

@@ -11,7 +11,7 @@ from conftest import ARCH, command, make_images
 from PIL import Image
 from test_main_lincls import equal, lines_of, refused, result
 
-from synco import checkpoint, classify, subsets
+from synco import checkpoint, subsets, trial
 
 FLAGS = f"-a {ARCH} --img-size 32 -j 0 -b 8 --epochs 3 --seed 3 -p 2 --lr-classifier 0.5".split()
 TUNE = [*FLAGS, "--weights", "finetune", "--lr-backbone", "0.02"]
@@ -93,7 +93,7 @@ def test_one_step_of_fine_tuning_is_plain_sgd(data, pretrained, tmp_path, progra
 
 
 def test_an_interrupted_fine_tuning_ends_bit_identical(tuned, data, pretrained, tmp_path, programs, monkeypatch):
-    train = classify.Trial.train
+    train = trial.Trial.train
 
     def interrupted(self, learner, optimizer, epoch):
         train(self, learner, optimizer, epoch)
@@ -102,7 +102,7 @@ def test_an_interrupted_fine_tuning_ends_bit_identical(tuned, data, pretrained, 
 
     flags = [*TUNE, "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path / "r", data]
     with monkeypatch.context() as patch:
-        patch.setattr(classify.Trial, "train", interrupted)
+        patch.setattr(trial.Trial, "train", interrupted)
         assert programs("main_semisup", *flags)[0] == 130
     status, out, err = programs("main_semisup", *flags)
     assert status == 0 and "2 epochs done" in out, err
