@@ -282,9 +282,9 @@ def record_weights(config):
 
 
 def recorded_weights(config):
-    """The SHA-256 that `record_weights` wrote, or None."""
+    """The SHA-256 that `record_weights` wrote, or None where there is none or the weights are no local file."""
     path = os.path.join(config.OUTPUT_DIR, "weights.sha256")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or not os.path.isfile(config.MODEL.WEIGHTS):
         return None
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read(64)

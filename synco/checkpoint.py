@@ -210,7 +210,7 @@ def load_backbone(network, head, weights, path):
     wrong = differences(weights, wanted)
     if wrong:
         raise UserError(f"{path}: its weights do not fit this network: {wrong}")
-    check_real(weights, path)
+    check_real(weights, path, whole=[name for name, tensor in wanted.items() if not tensor.is_floating_point()])
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)")
@@ -218,10 +218,13 @@ def load_backbone(network, head, weights, path):
     return len(weights)
 
 
-def check_real(weights, path):
-    """Raise UserError that names a tensor which does not hold real numbers one by one; counters may be whole ones."""
+def check_real(weights, path, whole=()):
+    """Raise UserError that names a tensor which does not hold real numbers one by one.
+
+    whole: the names of counters and indices, which are of whole numbers.
+    """
     for name, tensor in weights.items():
-        kinds = (*REAL, torch.int64) if name.endswith("num_batches_tracked") else REAL
+        kinds = (*REAL, torch.int64) if name in whole else REAL
         if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.is_meta:
             kind = "without numbers (meta)" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
             raise UserError(f"{path}: {name} is a tensor {kind}; weights are dense and of real numbers")

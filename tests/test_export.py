@@ -100,6 +100,16 @@ def test_networks_that_depend_on_the_image_size(tool, tmp_path):
     assert same(torch.load(tmp_path / "vit.pth", weights_only=True), backbone)
 
 
+def test_networks_with_indices(tool, tmp_path):
+    """Whole numbers that are the network's own, such as the places of a Swin transformer, are no mistake."""
+    network = torchvision.models.swin_t(num_classes=2)
+    torch.save({"arch": "swin_t", "state_dict": network.state_dict()}, tmp_path / "swin.tar")
+    assert tool(export, tmp_path / "swin.tar", tmp_path / "swin.pth")[0] == 0
+    found = torch.load(tmp_path / "swin.pth", weights_only=True)
+    backbone = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("head.")}
+    assert same(found, backbone) and any(tensor.dtype == torch.int64 for tensor in found.values())
+
+
 def test_force_writes_over(pretrained_of, tool, tmp_path):
     path, encoder = pretrained_of("resnet18")
     (tmp_path / "x.pth").write_text("mine")
