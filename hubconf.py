@@ -16,13 +16,15 @@ dependencies = ["torch", "torchvision", "numpy"]
 
 def _entry(arch):
     def load(checkpoint=None, *, num_classes=None):
+        if num_classes is not None and num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes}; give 0 or None for features, or a number of outputs")
         if checkpoint is None:
             network = _builder.torchvision_network(arch, 224)(num_classes=1000)
             head = _builder.head_name(network, 1000)
         else:
             network, head, _ = _export.load(checkpoint, arch)
         width = network.get_submodule(head).in_features
-        new = _torch.nn.Identity() if num_classes is None else _torch.nn.Linear(width, num_classes)
+        new = _torch.nn.Linear(width, num_classes) if num_classes else _torch.nn.Identity()
         _builder.replace(network, head, new)
         return network
 
@@ -30,9 +32,9 @@ def _entry(arch):
     load.__doc__ = f"""torchvision's {arch} with the backbone of a checkpoint.
 
     checkpoint: path of a pretraining's checkpoint, a classifier's, or torchvision weights; None: untrained.
-    num_classes: None: the last linear layer is an Identity, so the network returns features (N, D); else it is a new,
-    untrained layer with that many outputs.
-    Raises ValueError that names what is wrong with the checkpoint.
+    num_classes: None or, as in timm, 0: the last linear layer is an Identity, so the network returns features (N, D);
+    else it is a new, untrained layer with that many outputs.
+    Raises ValueError that names what is wrong with the checkpoint, or a negative number of outputs.
     """
     return load
 

@@ -5,11 +5,13 @@
 
 A folder is a run's OUTPUT_DIR, with its metrics.json, or holds several such runs. Runs whose folders differ only in a
 number after "trial" at the end (runs/voc/trial1 ..., runs/voc_trial1 ...) are trials of one row; all others are rows of
-their own. Of a run the last evaluation counts. ± is the sample standard deviation (n − 1) and is left out for n = 1.
+their own. Of a run the last evaluation counts; a run without one is left out, and named below the table. ± is the
+sample standard deviation (n − 1) and is left out for n = 1.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -35,16 +37,26 @@ def parse():
 
 
 def main():
-    rows = {}
+    rows, notes = {}, []
     for folder in parse().folders:
         for run in runs_in(folder):
-            rows.setdefault(row_of(run), {})[run] = last_evaluation(run)
+            found, skipped = last_evaluation(run)
+            if skipped:
+                notes.append(f"{run}: passed over what is not JSON in metrics.json, {skipped} of its lines")
+            if found is None:
+                notes.append(f"{run}: left out: no line of metrics.json has bbox/AP, so it was not evaluated yet")
+            else:
+                rows.setdefault(row_of(run), {})[run] = found
+    if not rows:
+        raise Mistake("; ".join(notes))
     print_table({name: list(trials.values()) for name, trials in rows.items()})
     for name, trials in rows.items():
         iterations = {run: result["iteration"] for run, result in trials.items()}
         if len(set(iterations.values())) > 1:
             told = ", ".join(f"{os.path.basename(run)} {iteration}" for run, iteration in iterations.items())
-            print(f"note: {name}: the trials were evaluated at different iterations: {told}")
+            notes.append(f"{name}: the trials were evaluated at different iterations: {told}")
+    for note in notes:
+        print(f"note: {note}")
 
 
 def runs_in(folder):
@@ -67,25 +79,29 @@ def row_of(run):
 
 
 def last_evaluation(run):
-    """The last line of metrics.json that has APs, as a dict. Raises Mistake if there is none."""
+    """The last line of metrics.json that has APs → (it as a dict, or None; how many lines are not JSON).
+
+    Lines are cut off where a run was killed. Raises Mistake if the evaluation lacks one of the APs.
+    """
     path = os.path.join(run, "metrics.json")
-    found = None
+    found, skipped = None, 0
     with open(path, encoding="utf-8", errors="replace") as file:
-        for i, text in enumerate(file, 1):
+        for text in file:
             try:
                 line = json.loads(text)
-            except ValueError as error:
-                raise Mistake(f"{path}: line {i} is not JSON") from error
+            except ValueError:
+                skipped += 1
+                continue
             if isinstance(line, dict) and "bbox/AP" in line:
                 found = line
     if found is None:
-        raise Mistake(f"{path}: no line has bbox/AP: the run was not evaluated, or did not reach its end")
+        return None, skipped
     wanted = [f"bbox/{column}" for column in COLUMNS["bbox"]] + ["iteration"]
     wanted += [f"segm/{column}" for column in COLUMNS["segm"] if "segm/AP" in found]
     for key in wanted:
         if not isinstance(found.get(key), (int, float)):
             raise Mistake(f"{path}: its last evaluation has no {key}")
-    return found
+    return found, skipped
 
 
 def print_table(rows):
@@ -102,14 +118,17 @@ def print_table(rows):
 
 
 def cell(values):
-    """[values of the trials] → "mean ± deviation", or "-" where a trial has none."""
+    """[values of the trials] → "mean ± deviation", "-" where a trial has none, "nan" where one's is not a number."""
     if None in values:
         return "-"
+    if not all(map(math.isfinite, values)):
+        return "nan"
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # ± becomes ? where the terminal has no such character
     try:
         main()
     except Mistake as mistake:

@@ -6,8 +6,10 @@ import hashlib
 import os
 import pickle
 import re
+import secrets
 import struct
 import tempfile
+import warnings
 
 import torch
 
@@ -21,15 +23,17 @@ DAMAGED = (
 
 PREFIX = "module."  # what DistributedDataParallel writes, and what the published tools expect
 ENCODER = "encoder_q."  # the query encoder in a pretraining checkpoint
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights are stored in
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvision's weights, which we do not build
 
 
 @contextlib.contextmanager
 def whole(path):
     """A binary file to write to, in the same folder; flushed to disk and renamed: `path` is whole at every moment."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    file = open(temporary, "xb")  # x: a new file, never one that is there
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -55,7 +59,9 @@ def load(path):
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on kinds of files and tensors that are refused in one line
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it names {found[1]}, which would have to be executed" if found else "it is of another kind"
@@ -204,11 +210,24 @@ def load_backbone(network, head, weights, path):
     wrong = differences(weights, wanted)
     if wrong:
         raise UserError(f"{path}: its weights do not fit this network: {wrong}")
+    check_real(weights, path, whole=[name for name, tensor in wanted.items() if not tensor.is_floating_point()])
     broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)")
     network.load_state_dict(weights, strict=False)  # strict but for the head
     return len(weights)
+
+
+def check_real(weights, path, whole=()):
+    """Raise UserError that names a tensor which does not hold real numbers one by one.
+
+    whole: the names of counters and indices, which are of whole numbers.
+    """
+    for name, tensor in weights.items():
+        kinds = (*REAL, torch.int64) if name in whole else REAL
+        if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without numbers (meta)" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
+            raise UserError(f"{path}: {name} is a tensor {kind}; weights are dense and of real numbers")
 
 
 def summary(checkpoint, path, count):

@@ -69,7 +69,11 @@ def launch(worker, parse):
 
 
 def command(main, parse):
-    """Run main(parse()) in this process, for a tool that needs no others; errors are reported as `launch` does."""
+    """Run main(parse()) in this process, for a tool that needs no others; errors are reported as `launch` does.
+
+    What stdout has no character for is printed as "?": it is no reason to fail once the work is done.
+    """
+    sys.stdout.reconfigure(errors="replace")
     try:
         main(parse())
     except UserError as error:

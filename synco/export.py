@@ -20,6 +20,7 @@ from synco import builder, checkpoint, distributed, metrics, options
 from synco.options import UserError
 
 SUFFIXES = (".pth", ".safetensors")
+LARGEST = 10_000  # pixels: no file's word may have a network of any size built
 
 
 def parse():
@@ -58,6 +59,8 @@ def run(args):
 def check_output(args, suffixes):
     """Raises UserError if the output file has none of these suffixes, is there already, or cannot be written."""
     path = args.output
+    if "\0" in path:
+        raise UserError(f"{path!r}: no file can have that name")
     if not path.endswith(suffixes):
         raise UserError(f"{path}: the file to write must end in {' or '.join(suffixes)}")
     folder = os.path.dirname(path) or "."
@@ -82,12 +85,17 @@ def load(path, arch=None):
     saved = checkpoint.load(path)
     arch = architecture(saved, path, arch)
     size = saved["config"].get("img_size", 224)  # a vision transformer has a parameter for every patch
-    if not isinstance(size, int):
+    if not isinstance(size, int) or not 1 <= size <= LARGEST:
         raise UserError(f"{path}: its img_size is {size!r}, not a number of pixels")
-    with builder.fitting(arch, size):
-        network = builder.torchvision_network(arch, size)(num_classes=1000)
-        head = builder.head_name(network, 1000)
-    weights = checkpoint.backbone(saved, path, head, arch=arch, classifier=True)
+    try:
+        with builder.fitting(arch, size):
+            network = builder.torchvision_network(arch, size)(num_classes=1000)
+            head = builder.head_name(network, 1000)
+    except UserError as error:
+        raise UserError(f"{path}: its network cannot be built: {error}") from error
+    if saved.get("arch", arch) != arch:
+        raise UserError(f"{path}: is a checkpoint of {saved['arch']!r}, not of {arch!r}")
+    weights = checkpoint.backbone(saved, path, head, classifier=True)
     if not weights.keys() & network.state_dict().keys():
         raise UserError(f"{path}: has no backbone: neither a pretraining's encoder_q.* nor the names of a {arch}")
     checkpoint.load_backbone(network, head, weights, path)
@@ -102,7 +110,8 @@ def architecture(saved, path, arch):
     try:
         return options.architecture(str(arch))
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"{path}: {error}") from error
+        name, _, _ = str(error).partition(";")  # without the hint, which is for what was typed
+        raise UserError(f"{path}: {name}") from error
 
 
 def backbone(network, head):
@@ -111,17 +120,16 @@ def backbone(network, head):
 
 
 def head_weights(saved, path, head):
-    """The head that the checkpoint holds, under its own names. Raises UserError if there is none."""
+    """The head that the checkpoint holds, under its own names. Raises UserError if there is none that holds numbers."""
     weights = checkpoint.unprefixed(saved["state_dict"])
     prefix = checkpoint.ENCODER if checkpoint.is_pretraining(saved) else ""
-    found = {
-        name.removeprefix(prefix): tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in weights.items()
-        if name.startswith(f"{prefix}{head}.")
-    }
+    found = {name: tensor for name, tensor in weights.items() if name.startswith(f"{prefix}{head}.")}
     if not found:
         raise UserError(f"{path}: --with-head: there is no head ({head}.*) in it")
-    return found
+    checkpoint.check_real(found, path)
+    return {
+        name.removeprefix(prefix): tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()
+    }
 
 
 def origin(saved, path):

@@ -270,6 +270,15 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert order == ["fsync", "replace"]
 
 
+def test_saving_makes_an_ordinary_file_and_leaves_others_alone(tmp_path):
+    """The permissions are those of open(), and a file that happens to have a temporary file's name stays."""
+    (tmp_path / "x.tmp").write_text("mine")
+    (tmp_path / "ordinary").touch()
+    checkpoint.save({"state_dict": {}}, str(tmp_path / "x"))
+    assert sorted(os.listdir(tmp_path)) == ["ordinary", "x", "x.tmp"] and (tmp_path / "x.tmp").read_text() == "mine"
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_numbered_sorts_by_number_and_ignores_other_files(tmp_path):
     for name in ("0002", "0010", "0001", "12345", "lincls", "002", "0003.pth.tar"):
         (tmp_path / f"checkpoint_{name}.pth.tar").touch()

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import types
@@ -132,6 +133,14 @@ def test_the_table_and_the_names(pretrained_of, convert, tool, tmp_path):
     assert {"encoder_q.fc.0.weight dropped", "queue dropped", "encoder_q.bn1.num_batches_tracked dropped"} < set(lines)
     assert sum(" → " in line for line in lines) == 265 and "→" not in short
     assert sum(line.endswith(" dropped") for line in lines) == 60
+
+
+def test_a_terminal_without_arrows(pretrained_of, tmp_path):
+    path, _ = pretrained_of("resnet18")
+    words = [sys.executable, DETECTION / "convert-pretrain-to-detectron2.py", path, tmp_path / "x.pkl", "--verbose"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and "conv1.weight ? stem.conv1.weight" in done.stdout
 
 
 def test_other_sources(convert, tool, tmp_path):
@@ -292,11 +301,30 @@ def test_without_detectron2(train_net, tool, tmp_path, monkeypatch):
     assert tool(train_net, "--help")[0] == 0
 
 
+def merged_value(text):
+    """A value on the command line, which detectron2 reads as a literal."""
+    return pytest.importorskip("yaml").safe_load(text)
+
+
+def write_config(folder, **changes):
+    """A config.yaml as a run of pascal_voc_R_50_C4_24k_synco leaves it in its OUTPUT_DIR."""
+    values = merged(CONFIGS / "pascal_voc_R_50_C4_24k_synco.yaml")
+    values |= {"MODEL.WEIGHTS": "./output.pkl", "SOLVER.REFERENCE_WORLD_SIZE": 0} | changes
+    config = Node()
+    for key, value in values.items():
+        config.put(key, value)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config)  # which is YAML too
+    (folder / "config.yaml").write_text(text)
+
+
 class Node(dict):
     """The little of detectron2's configuration that train_net.py touches."""
 
     def __getattr__(self, name):
         return self[name]
+
+    __setattr__ = dict.__setitem__
 
     def put(self, key, value):
         first, _, rest = key.partition(".")
@@ -313,7 +341,7 @@ class Node(dict):
         for key, value in zip(words[::2], words[1::2]):
             if key.split(".")[0] not in self:
                 raise KeyError(f"Non-existent config key: {key}")
-            self.put(key, value)
+            self.put(key, merged_value(value))
 
     def freeze(self):
         pass
@@ -327,6 +355,13 @@ def stub(monkeypatch, tmp_path):
     record = lambda name, result=None: lambda *args, **options: calls.append((name, *args, options)) or result  # noqa: E731
 
     class Trainer:
+        @staticmethod
+        def auto_scale_workers(config, count):
+            changed = Node(SOLVER=Node(config.SOLVER))
+            if config.SOLVER.REFERENCE_WORLD_SIZE:
+                changed.SOLVER.MAX_ITER = config.SOLVER.MAX_ITER * config.SOLVER.REFERENCE_WORLD_SIZE // count
+            return changed
+
         def __init__(self, config):
             calls.append(("trainer",))
 
@@ -359,21 +394,35 @@ def stub(monkeypatch, tmp_path):
     def known(name):
         root = os.environ["DETECTRON2_DATASETS"]
         if name.startswith("voc"):
-            return Known(evaluator_type="pascal_voc", dirname=os.path.join(root, f"VOC{name[4:8]}"))
-        return Known(evaluator_type="coco", json_file=os.path.join(root, "coco", "annotations", f"{name}.json"))
+            folder = os.path.join(root, f"VOC{name[4:8]}")
+            return Known(evaluator_type="pascal_voc", dirname=folder, split=name[9:])
+        file = os.path.join(root, "coco", "annotations", f"{name}.json")
+        return Known(evaluator_type="coco", json_file=file, image_root=os.path.join(root, "coco", f"{name[10:]}2017"))
 
-    checkpointer = types.SimpleNamespace(resume_or_load=record("weights"))
+    def checkpointer(model, save_dir):
+        calls.append(("folder", save_dir))
+        return types.SimpleNamespace(resume_or_load=record("weights"))
+
+    def setup(config, args):
+        calls.append(("setup", config.OUTPUT_DIR))
+        if os.path.exists(config.OUTPUT_DIR):
+            (tmp_path / config.OUTPUT_DIR / "config.yaml").touch()
+
+    defaults = {"DEPTH": 50, "NUM_GROUPS": 1, "WIDTH_PER_GROUP": 64}
+    default = lambda: Node(  # noqa: E731
+        MODEL=Node(DEVICE="cuda", RESNETS=Node(defaults)), SOLVER=Node(REFERENCE_WORLD_SIZE=0), OUTPUT_DIR="./output"
+    )
     registry = Registry()
     modules = {
         "": {},
-        ".config": {"get_cfg": lambda: Node(MODEL=Node(DEVICE="cuda"), OUTPUT_DIR="./output")},
+        ".config": {"get_cfg": default},
         ".data": {"MetadataCatalog": types.SimpleNamespace(get=known)},
         ".engine": {
             "launch": lambda work, gpus, machines, rank, url, args: calls.append(("launch", gpus)) or work(*args),
-            "default_setup": lambda config, args: None,
+            "default_setup": setup,
             "DefaultTrainer": Trainer,
         },
-        ".checkpoint": {"DetectionCheckpointer": lambda model, save_dir: checkpointer},
+        ".checkpoint": {"DetectionCheckpointer": checkpointer},
         ".evaluation": {
             "COCOEvaluator": lambda name, output_dir: ("COCO", name),
             "PascalVOCDetectionEvaluator": lambda name: ("VOC", name),
@@ -391,12 +440,23 @@ def stub(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, fake.__name__, fake)
     monkeypatch.setenv("DETECTRON2_DATASETS", "elsewhere")
     monkeypatch.chdir(tmp_path)
-    for folder in ("data/VOC2007", "data/VOC2012", "data/coco/annotations"):
-        (tmp_path / folder).mkdir(parents=True)
+    for year, split in (("2007", "trainval"), ("2007", "test"), ("2012", "trainval")):
+        for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+            (tmp_path / f"data/VOC{year}" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"data/VOC{year}/ImageSets/Main/{split}.txt").touch()
+    for folder in ("annotations", "train2017", "val2017"):
+        (tmp_path / "data/coco" / folder).mkdir(parents=True)
     for name in ("train", "val"):
         (tmp_path / f"data/coco/annotations/coco_2017_{name}.json").touch()
-    (tmp_path / "output.pkl").touch()
+    write_converted(tmp_path / "output.pkl", "resnet50")
+    torch.save({"model": {"backbone.res4.x": torch.ones(1)}, "iteration": 3}, tmp_path / "detector.pth")
     return types.SimpleNamespace(calls=calls, registry=registry)
+
+
+def write_converted(path, arch):
+    """A file with what marks the converter's, and one array."""
+    content = {"model": {"stem.conv1.weight": np.ones(3, np.float32)}, "__author__": "SynCo", "arch": arch}
+    path.write_bytes(pickle.dumps(content | {"matching_heuristics": True, "checkpoint_sha256": "0" * 64}))
 
 
 def words(config, *more):
@@ -408,7 +468,7 @@ def words(config, *more):
 def test_training(train_net, tool, stub):
     status, _, err = tool(train_net, *words("pascal_voc_R_50_C4_24k_synco", "--resume"))
     assert (status, err) == (0, "")
-    assert stub.calls == [("launch", 1), ("trainer",), ("load", True), ("train",)]
+    assert stub.calls == [("launch", 1), ("setup", "./output"), ("trainer",), ("load", True), ("train",)]
 
 
 @pytest.mark.parametrize(
@@ -419,11 +479,129 @@ def test_training(train_net, tool, stub):
         ("coco_R_50_C4_1x", ("COCO", "coco_2017_val")),
     ],
 )
-def test_evaluation_alone(train_net, tool, stub, config, evaluator):
-    status, _, err = tool(train_net, *words(config, "--eval-only"))
+def test_evaluation_alone(train_net, tool, stub, tmp_path, config, evaluator):
+    """It leaves the files of the training in OUTPUT_DIR alone: what detectron2 writes goes to a folder in it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.json").touch()
+    (tmp_path / "run/config.yaml").write_text("the training's")
+    given = ["MODEL.WEIGHTS", "detector.pth", "OUTPUT_DIR", "run"]
+    status, _, err = tool(train_net, *words(config, "--eval-only"), *given)
     assert (status, err) == (0, "")
-    assert [call[0] for call in stub.calls] == ["launch", "weights", "test", "verify"]
-    assert stub.calls[1][1:] == ("./output.pkl", {"resume": False}) and stub.calls[2] == ("test", evaluator)
+    assert [call[0] for call in stub.calls] == ["launch", "setup", "folder", "weights", "test", "verify"]
+    assert stub.calls[1:3] == [("setup", "run/eval"), ("folder", "run")]
+    assert stub.calls[3][1:] == ("detector.pth", {"resume": False}) and stub.calls[4] == ("test", evaluator)
+    assert sorted(os.listdir("run")) == ["config.yaml", "eval", "metrics.json"]
+    assert (tmp_path / "run/config.yaml").read_text() == "the training's"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"SOLVER.BASE_LR": 0.02},
+        {"SOLVER.STEPS": [1, 2]},
+        {"SOLVER.MAX_ITER": 12000},
+        {"DATASETS.TRAIN": ["voc_2007_trainval"]},
+        {"MODEL.WEIGHTS": "other.pkl"},
+        {"SOLVER.REFERENCE_WORLD_SIZE": 8},
+    ],
+)
+def test_a_run_goes_on_with_its_settings(train_net, tool, stub, tmp_path, change):
+    """--resume refuses a run of other settings, and names what differs."""
+    write_config(tmp_path / "run", **change)
+    (tmp_path / "run/last_checkpoint").touch()
+    before = (tmp_path / "run/config.yaml").read_text()
+    status, _, err = tool(train_net, *words("pascal_voc_R_50_C4_24k_synco", "--resume"), "OUTPUT_DIR", "run")
+    if not change:
+        assert (status, err) == (0, "") and ("load", True) in stub.calls
+        return
+    assert (status, err.count("\n"), stub.calls) == (2, 1, [])
+    assert "the run in OUTPUT_DIR run is another: " in err and next(iter(change)) in err
+    assert (tmp_path / "run/config.yaml").read_text() == before
+
+
+def test_a_run_goes_on_with_the_content_of_its_weights(train_net, tool, stub, tmp_path):
+    """Another file under the same name is not what the run began with."""
+    given = [*words("pascal_voc_R_50_C4_24k_synco", "--resume"), "OUTPUT_DIR", "run"]
+    assert tool(train_net, *given)[0] == 0
+    assert (tmp_path / "run/weights.sha256").read_text() == f"{checkpoint.sha256('output.pkl')}  ./output.pkl\n"
+    write_config(tmp_path / "run")
+    (tmp_path / "run/last_checkpoint").touch()
+    assert tool(train_net, *given)[0] == 0
+    (tmp_path / "output.pkl").write_bytes((tmp_path / "output.pkl").read_bytes() + b"more")
+    status, _, err = tool(train_net, *given)
+    assert (status, err.count("\n")) == (2, 1) and "./output.pkl has other content than at its start" in err
+    (tmp_path / "run/config.yaml").write_text("a: [")
+    status, _, err = tool(train_net, *given)
+    assert (status, err.count("\n")) == (2, 1) and "run/config.yaml: cannot be read" in err
+
+
+@pytest.mark.parametrize(
+    "iteration, gpus, done", [(23000, 8, False), (24000, 8, True), (24000, 4, False), (48001, 4, True)]
+)
+def test_a_finished_run_is_left_alone(train_net, tool, stub, tmp_path, monkeypatch, iteration, gpus, done):
+    """Its last evaluation is that of the last iteration, of which there are more on fewer GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    write_config(tmp_path / "run", **{"SOLVER.REFERENCE_WORLD_SIZE": 8})
+    lines = [{"iteration": iteration, "bbox/AP": 50.0}, {"iteration": 99999, "lr": 0.0}]
+    (tmp_path / "run/metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"bbox/AP"')
+    given = [*words("pascal_voc_R_50_C4_24k_synco", "--resume"), "OUTPUT_DIR", "run", "MODEL.DEVICE", "cuda"]
+    status, out, err = tool(train_net, *given, "SOLVER.REFERENCE_WORLD_SIZE", "8", "--num-gpus", gpus)
+    assert (status, err) == (0, "") and (stub.calls == []) == done
+    assert ("run: was trained to its end and evaluated" in out) == done
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_weights_that_would_not_be_used_are_refused(train_net, tool, stub, tmp_path):
+    """detectron2 trains on with random weights where names or shapes differ; and a pickle may execute code."""
+    synco, supervised = "pascal_voc_R_50_C4_24k_synco", "pascal_voc_R_50_C4_24k"
+    for arch in ("resnet18", "resnext50_32x4d", "vit_b_32"):
+        write_converted(tmp_path / f"{arch}.pkl", arch)
+    (tmp_path / "hostile.pkl").write_bytes(pickle.dumps({"model": {}, "x": Hostile()}))
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1]))
+    (tmp_path / "cut.pkl").write_bytes((tmp_path / "output.pkl").read_bytes()[:100])
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "backbone.pth")
+    torch.save({"model": {"conv1.weight": torch.ones(1)}}, tmp_path / "other.pth")
+    torch.save({"model": {}, "x": Hostile()}, tmp_path / "hostile.pth")
+    (tmp_path / "output.npz").touch()
+    msra, theirs = (f"detectron2://ImageNetPretrained/{kind}/R-50.pkl" for kind in ("MSRA", "torchvision"))
+    for config, weights, message in (
+        (synco, "resnet18.pkl", "is a resnet18 (DEPTH 18, NUM_GROUPS 1, WIDTH_PER_GROUP 64); the configuration's is"),
+        (synco, "resnext50_32x4d.pkl", "NUM_GROUPS 32, WIDTH_PER_GROUP 4); the configuration's is DEPTH 50, NUM_GR"),
+        (synco, "vit_b_32.pkl", "is a vit_b_32 (unknown)"),
+        (supervised, "output.pkl", "is converted and needs INPUT.FORMAT RGB; take a _synco configuration"),
+        (synco, "hostile.pkl", "hostile.pkl: not a pickle of arrays: it names posix.mkdir, which would have to be"),
+        (synco, "list.pkl", "list.pkl: holds a list, not weights"),
+        (synco, "cut.pkl", "cut.pkl: not a"),
+        (synco, "backbone.pth", "backbone.pth: is no detector; convert it with convert-pretrain-to-detectron2.py"),
+        (synco, "other.pth", "other.pth: is no detector"),
+        (synco, "hostile.pth", "hostile.pth: not a file of tensors and plain values"),
+        (synco, "output.npz", "output.npz: must be a .pkl of convert-pretrain-to-detectron2.py or a detector's .pth"),
+        (synco, msra, "is for BGR images; take a configuration without _synco"),
+    ):
+        status, out, err = tool(train_net, *words(config), "MODEL.WEIGHTS", weights)
+        assert (status, out, err.count("\n"), stub.calls) == (2, "", 1, []), weights
+        assert message in err
+    assert not os.path.exists("executed") and not os.path.exists("output")
+    resnext = ["MODEL.WEIGHTS", "resnext50_32x4d.pkl", "MODEL.RESNETS.NUM_GROUPS", "32"]
+    resnext += ["MODEL.RESNETS.WIDTH_PER_GROUP", "4"]
+    for more in (resnext, ["MODEL.WEIGHTS", "detector.pth"], ["MODEL.WEIGHTS", theirs]):
+        assert tool(train_net, *words(synco), *more)[0] == 0, more
+    assert tool(train_net, *words(supervised), "MODEL.WEIGHTS", msra)[0] == 0
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_pickles_of_arrays_are_read(train_net, tmp_path, protocol):
+    """Of every protocol, also those of other tools: detectron2's own, MoCo's."""
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((2, 3), order="F")}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "MOCO"}, protocol))
+    found = train_net.read_pickle(str(tmp_path / "x.pkl"))
+    assert found["__author__"] == "MOCO"
+    assert all(np.array_equal(found["model"][name], array) for name, array in arrays.items())
 
 
 def test_the_extra_norm(train_net, stub):
@@ -443,7 +621,7 @@ def test_what_the_trainer_refuses(train_net, tool, stub, tmp_path):
     voc, coco = "pascal_voc_R_50_C4_24k_synco", "coco_R_50_C4_1x_synco"
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "metrics.json").touch()
-    (tmp_path / "data/VOC2012").rmdir()
+    shutil.rmtree(tmp_path / "data/VOC2012")
     before = sorted(tmp_path.rglob("*"))
     for given, message in (
         (words(voc), "VOC2012: not there, and voc_2012_trainval needs it; --data-dir names the folder"),
@@ -463,6 +641,23 @@ def test_what_the_trainer_refuses(train_net, tool, stub, tmp_path):
         assert (status, out, err.count("\n")) == (2, "", 1), given
         assert message in err
     assert sorted(tmp_path.rglob("*")) == before and stub.calls == []
+
+
+@pytest.mark.parametrize(
+    "config, place",
+    [
+        ("pascal_voc_R_50_C4_24k_synco", "VOC2007/ImageSets/Main/test.txt"),
+        ("pascal_voc_R_50_C4_24k_synco", "VOC2012/Annotations"),
+        ("pascal_voc_R_50_C4_24k_synco", "VOC2012/JPEGImages"),
+        ("coco_R_50_C4_1x_synco", "coco/annotations/coco_2017_train.json"),
+        ("coco_R_50_C4_1x_synco", "coco/val2017"),
+    ],
+)
+def test_missing_parts_of_the_data(train_net, tool, stub, tmp_path, config, place):
+    (tmp_path / "data" / place).rename(tmp_path / "away")
+    status, out, err = tool(train_net, *words(config))
+    assert (status, out, err.count("\n"), stub.calls) == (2, "", 1, [])
+    assert f"data/{place}: not there, and " in err
 
 
 # ----------------------------------------------------------------------------- with detectron2, where it is installed
@@ -513,6 +708,16 @@ def test_detectron2_trains(pretrained_of, convert, tool, tiny_voc, tmp_path):
     done = subprocess.run(list(map(str, line)), cwd=DETECTION, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "model_final.pth").is_file()
+    trained = (tmp_path / "run" / "config.yaml").read_text()
+    words = [*map(str, line), "--eval-only", "MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
+    done = subprocess.run(words, cwd=DETECTION, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run/eval/config.yaml").is_file() and (tmp_path / "run/config.yaml").read_text() == trained
+    resumed = subprocess.run([*map(str, line), "--resume"], cwd=DETECTION, capture_output=True, text=True, timeout=600)
+    assert resumed.returncode == 0 and "was trained to its end and evaluated" in resumed.stdout
+    line += ["--resume", "SOLVER.BASE_LR", "0.5"]
+    resumed = subprocess.run(list(map(str, line)), cwd=DETECTION, capture_output=True, text=True, timeout=600)
+    assert resumed.returncode == 2 and "SOLVER.BASE_LR 0.01 → 0.5" in resumed.stderr
     done = summarize(tmp_path / "run")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines()[0].split()[2:4] == ["box", "AP50"]
 
@@ -527,7 +732,9 @@ def test_detectron2_loads_the_pickle(pretrained_of, convert, tool, train_net, tm
     assert tool(convert, pretrained_of("resnet50")[0], out)[0] == 0
     train_net.register_extra_norm()
     file = str(CONFIGS / "coco_R_50_C4_2x_synco.yaml")
-    config = train_net.configuration(types.SimpleNamespace(config_file=file, opts=["MODEL.DEVICE", "cpu"]))
+    config = train_net.configuration(
+        types.SimpleNamespace(config_file=file, opts=["MODEL.DEVICE", "cpu"], eval_only=False)
+    )
     model = build_model(config)
     DetectionCheckpointer(model).load(str(out))
     wanted = read(out)["model"]
@@ -575,7 +782,7 @@ def test_detectron2_scales_linearly(train_net, gpus):
 
     file = str(CONFIGS / "pascal_voc_R_50_C4_24k_synco.yaml")
     opts = ["SOLVER.REFERENCE_WORLD_SIZE", "8"]
-    config = train_net.configuration(types.SimpleNamespace(config_file=file, opts=opts))
+    config = train_net.configuration(types.SimpleNamespace(config_file=file, opts=opts, eval_only=False))
     solver = DefaultTrainer.auto_scale_workers(config, gpus).SOLVER
     found = (solver.IMS_PER_BATCH, solver.BASE_LR, solver.WARMUP_ITERS, *solver.STEPS, solver.MAX_ITER)
     assert found == scaled(gpus)
@@ -584,9 +791,10 @@ def test_detectron2_scales_linearly(train_net, gpus):
 # --------------------------------------------------------------------------------------------------------- summarize
 
 
-def summarize(*folders, cwd=None):
+def summarize(*folders, cwd=None, **env):
     line = [sys.executable, DETECTION / "summarize.py", *folders]
-    return subprocess.run(list(map(str, line)), cwd=cwd, capture_output=True, text=True, timeout=60)
+    env = os.environ | env
+    return subprocess.run(list(map(str, line)), cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
 
 
 def write_run(folder, *evaluations):
@@ -640,6 +848,25 @@ def test_summary_with_masks_and_unequal_trials(tmp_path):
     assert note == "note: coco: the trials were evaluated at different iterations: trial1 90000, trial2 80000"
 
 
+def test_summary_of_what_there_is(tmp_path):
+    """An unfinished trial, a line that a kill cut off and an AP that is no number take nothing from the others."""
+    write_run(tmp_path / "voc/trial1", (24000, boxes(82.0, 57.0, 63.0)))
+    write_run(tmp_path / "voc/trial2", (24000, boxes(83.0, float("nan"), 64.0)))
+    write_run(tmp_path / "voc/trial3")
+    whole = (tmp_path / "voc/trial1/metrics.json").read_text()
+    (tmp_path / "voc/trial1/metrics.json").write_text('{"iteration": 5, "lo\n' + whole)
+    done = summarize("voc", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    _, row, *notes = done.stdout.splitlines()
+    assert row.replace(" ± ", "±").split() == ["voc", "2", "82.5±0.7", "nan", "63.5±0.7"]
+    assert notes == [
+        "note: voc/trial1: passed over what is not JSON in metrics.json, 1 of its lines",
+        "note: voc/trial3: left out: no line of metrics.json has bbox/AP, so it was not evaluated yet",
+    ]
+    plain = summarize("voc", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (plain.returncode, plain.stderr) == (0, "") and "82.5 ? 0.7" in plain.stdout
+
+
 def test_what_summarize_refuses(tmp_path):
     write_run(tmp_path / "unfinished")
     (tmp_path / "empty").mkdir()
@@ -649,9 +876,9 @@ def test_what_summarize_refuses(tmp_path):
     for folder, message in (
         ("none", "none: no such folder"),
         ("empty", "empty: holds no metrics.json, nor does a folder in it"),
-        ("unfinished", "unfinished/metrics.json: no line has bbox/AP"),
+        ("unfinished", "unfinished: left out: no line of metrics.json has bbox/AP"),
         ("half", "half/metrics.json: its last evaluation has no bbox/AP50"),
-        ("cut", "cut/metrics.json: line 2 is not JSON"),
+        ("cut", "cut: left out: no line of metrics.json has bbox/AP"),
     ):
         done = summarize(folder, cwd=tmp_path)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -100,6 +100,16 @@ def test_networks_that_depend_on_the_image_size(tool, tmp_path):
     assert same(torch.load(tmp_path / "vit.pth", weights_only=True), backbone)
 
 
+def test_networks_with_indices(tool, tmp_path):
+    """Whole numbers that are the network's own, such as the places of a Swin transformer, are no mistake."""
+    network = torchvision.models.swin_t(num_classes=2)
+    torch.save({"arch": "swin_t", "state_dict": network.state_dict()}, tmp_path / "swin.tar")
+    assert tool(export, tmp_path / "swin.tar", tmp_path / "swin.pth")[0] == 0
+    found = torch.load(tmp_path / "swin.pth", weights_only=True)
+    backbone = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("head.")}
+    assert same(found, backbone) and any(tensor.dtype == torch.int64 for tensor in found.values())
+
+
 def test_force_writes_over(pretrained_of, tool, tmp_path):
     path, encoder = pretrained_of("resnet18")
     (tmp_path / "x.pth").write_text("mine")
@@ -140,6 +150,17 @@ def foreign(folder):
     torch.save({"arch": "resnet18", "state_dict": lacking}, folder / "lacking.tar")
     broken = query | {"module.encoder_q.bn1.bias": torch.full((64,), float("nan"))}
     torch.save({"arch": "resnet18", "state_dict": broken}, folder / "broken.tar")
+    for name, tensor in (
+        ("sparse", encoder["conv1.weight"].to_sparse()),
+        ("meta", encoder["conv1.weight"].to("meta")),
+        ("complex", encoder["conv1.weight"].to(torch.complex64)),
+        ("whole_numbers", encoder["conv1.weight"].to(torch.int32)),
+    ):
+        state = query | {"module.encoder_q.conv1.weight": tensor}
+        torch.save({"arch": "resnet18", "state_dict": state}, folder / f"{name}.tar")
+    vit = {"module.encoder_q.conv_proj.weight": torch.ones(1)}
+    for name, size in (("uneven", 33), ("vast", 10**12)):
+        torch.save({"arch": "vit_b_32", "config": {"img_size": size}, "state_dict": vit}, folder / f"{name}.tar")
     (folder / "text.tar").write_text("hello\n" * 100)
     return {
         "missing.tar": "no such checkpoint file",
@@ -149,7 +170,13 @@ def foreign(folder):
         "key.tar": "has no backbone: neither a pretraining's encoder_q.* nor the names of a resnet18",
         "other.tar": "do not fit this network",
         "nameless.tar": "does not say of which network it is; give --arch",
-        "strange.tar": "'vit_small' is not a torchvision classification network",
+        "strange.tar": "'vit_small' is not a torchvision classification network\n",
+        "sparse.tar": "conv1.weight is a tensor of torch.float32, torch.sparse_coo; weights are dense",
+        "meta.tar": "conv1.weight is a tensor without numbers (meta)",
+        "complex.tar": "conv1.weight is a tensor of torch.complex64",
+        "whole_numbers.tar": "conv1.weight is a tensor of torch.int32",
+        "uneven.tar": "its network cannot be built: -a vit_b_32 --img-size 33: ",
+        "vast.tar": "its img_size is 1000000000000, not a number of pixels",
         "lacking.tar": "missing: layer3.0.conv1.weight",
         "broken.tar": "bn1.bias holds values that are not finite",
     }
@@ -159,6 +186,7 @@ def tree(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.filterwarnings("error")  # a warning would be a second line
 def test_bad_checkpoints_are_refused(tool, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = foreign(tmp_path)
@@ -182,9 +210,10 @@ def test_bad_outputs_are_refused(pretrained_of, tool, tmp_path, monkeypatch):
         (["there.pth"], "there.pth: is there already; --force writes over it"),
         (["none/x.pth"], "none/x.pth: there is no folder none"),
         (["x.pkl"], "x.pkl: the file to write must end in .pth or .safetensors"),
+        (["x\0.pth"], "'x\\x00.pth': no file can have that name"),
         (["folder.pth", "--force"], "folder.pth: is a folder"),
         (["link.pth", "--force"], "link.pth: is the checkpoint itself"),
-        (["x.pth", "-a", "resnet50"], "is a checkpoint of 'resnet18'; --arch is 'resnet50'"),
+        (["x.pth", "-a", "resnet50"], "is a checkpoint of 'resnet18', not of 'resnet50'"),
         (["x.pth", "-a", "resnet5"], "'resnet5' is not a torchvision classification network"),
         ([], "the following arguments are required: OUT"),
     ):
@@ -192,6 +221,24 @@ def test_bad_outputs_are_refused(pretrained_of, tool, tmp_path, monkeypatch):
         assert (status, out, err.count("\n")) == (2, "", 1), words
         assert message in err
     assert tree(tmp_path) == before
+
+
+def test_the_checkpoint_may_have_any_name(pretrained_of, tool, tmp_path):
+    """Files beside the output stay, whatever they are called."""
+    path, encoder = pretrained_of("resnet18")
+    (tmp_path / "x.pth.tmp").write_bytes(path.read_bytes())
+    assert tool(export, tmp_path / "x.pth.tmp", tmp_path / "x.pth")[0] == 0
+    assert (tmp_path / "x.pth.tmp").read_bytes() == path.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["x.pth", "x.pth.tmp"]
+    assert same(torch.load(tmp_path / "x.pth", weights_only=True), without_head(encoder))
+
+
+def test_a_head_of_another_kind(tool, tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state | {"fc.weight": state["fc.weight"].to_sparse()}, tmp_path / "a.pth")
+    status, _, err = tool(export, tmp_path / "a.pth", tmp_path / "b.pth", "-a", "resnet18", "--with-head")
+    assert (status, err.count("\n")) == (2, 1) and "fc.weight is a tensor of" in err
+    assert os.listdir(tmp_path) == ["a.pth"]
 
 
 def test_no_head_to_add(tool, tmp_path):
@@ -236,8 +283,12 @@ def test_hub(pretrained_of, arch):
 def test_hub_without_a_checkpoint_and_with_a_wrong_one(pretrained_of):
     network = torch.hub.load(str(ROOT), "resnet34", source="local")
     assert network(images()).shape == (2, 512)
-    with pytest.raises(ValueError, match="is a checkpoint of 'resnet18'; --arch is 'resnet34'"):
+    with pytest.raises(ValueError, match="is a checkpoint of 'resnet18', not of 'resnet34'"):
         torch.hub.load(str(ROOT), "resnet34", source="local", checkpoint=str(pretrained_of("resnet18")[0]))
+    network = torch.hub.load(str(ROOT), "resnet18", source="local", num_classes=0)
+    assert isinstance(network.fc, torch.nn.Identity)
+    with pytest.raises(ValueError, match="num_classes is -1"):
+        torch.hub.load(str(ROOT), "resnet18", source="local", num_classes=-1)
 
 
 def test_timm_loads_it(pretrained_of, tool, tmp_path):

@@ -140,7 +140,7 @@ def test_bad_input_of_the_command_line(programs, pretrained, data, tmp_path):
         (["nowhere.pth", data], "nowhere.pth: no such checkpoint file"),
         ([pretrained, tmp_path], "has no folder 'train' in it"),
         ([tmp_path / "plain.pth", data], "plain.pth: does not say of which network it is"),
-        ([pretrained, data, "-a", "resnet18"], f"is a checkpoint of '{ARCH}'; --arch is 'resnet18'"),
+        ([pretrained, data, "-a", "resnet18"], f"is a checkpoint of '{ARCH}', not of 'resnet18'"),
         ([pretrained, data, "-k", 0], "'0' is not a whole number >= 1"),
         ([pretrained, tmp_path / "d", "--img-size", 32, "-j", 0], "2.jpg: cannot be read as an image"),
         ([pretrained, tmp_path / "d", "--img-size", 32, "-j", 1], "2.jpg: cannot be read as an image"),
