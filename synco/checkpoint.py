@@ -44,7 +44,9 @@ def whole(path):
 
 
 def save(checkpoint, path):
-    """Write a checkpoint, whole or not at all."""
+    """Write a checkpoint, whole or not at all; what a killed attempt at it has left is removed."""
+    for left in glob.glob(f"{glob.escape(path)}.????????.tmp"):
+        os.remove(left)
     with whole(path) as file:
         torch.save(checkpoint, file)
 

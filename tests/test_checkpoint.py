@@ -284,3 +284,10 @@ def test_numbered_sorts_by_number_and_ignores_other_files(tmp_path):
         (tmp_path / f"checkpoint_{name}.pth.tar").touch()
     assert [number for number, _ in checkpoint.numbered(str(tmp_path))] == [1, 2, 10, 12345]
     assert checkpoint.numbered(str(tmp_path / "none")) == []
+
+
+def test_a_save_removes_what_a_killed_one_has_left(tmp_path):
+    for name in ("a.pth.tar.0123abcd.tmp", "b.pth.tar.0123abcd.tmp", "a.pth.tar.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    checkpoint.save({"epoch": 1}, str(tmp_path / "a.pth.tar"))
+    assert sorted(os.listdir(tmp_path)) == ["a.pth.tar", "a.pth.tar.tmp", "b.pth.tar.0123abcd.tmp"]
