@@ -24,6 +24,7 @@ LARGEST = 10_000  # pixels: no file's word may have a network of any size built
 
 
 def parse():
+    """The command line of `python -m synco.export`."""
     parser = options.Parser(__doc__)
     parser.prog = "python -m synco.export"
     add_arguments(parser, output="OUT", suffixes=SUFFIXES)
@@ -41,6 +42,7 @@ def add_arguments(parser, *, output, suffixes):
 
 
 def run(args):
+    """Load the backbone, write it, tell what was written."""
     check_output(args, SUFFIXES)
     if args.output.endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise UserError(f"{args.output}: safetensors is not installed; pip install safetensors, or write a .pth")

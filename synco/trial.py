@@ -207,12 +207,13 @@ class Trial:
         """A trial that goes on in another folder takes its best and last checkpoint and its tables along."""
         if not self.path or self._own_checkpoints():
             return
-        folder = os.path.dirname(self.path)
-        names = [f"model_best_{self.kind}.pth.tar", *RESULTS]
-        for name in names:
-            if os.path.exists(os.path.join(folder, name)):
-                shutil.copyfile(os.path.join(folder, name), self._file(name))
-        shutil.copyfile(self.path, self._file(f"checkpoint_{self.kind}.pth.tar"))
+        beside = [f"model_best_{self.kind}.pth.tar", *RESULTS]
+        pairs = [(os.path.join(os.path.dirname(self.path), name), self._file(name)) for name in beside]
+        pairs.append((self.path, self._file(f"checkpoint_{self.kind}.pth.tar")))  # at the end: it marks a run
+        for old, new in pairs:
+            if os.path.exists(old):
+                with open(old, "rb") as source, checkpoint.whole(new) as target:
+                    shutil.copyfileobj(source, target)
 
     def _load_classifier(self):
         """The saved classifier's weights, if it is one of this network, these classes and these images."""
