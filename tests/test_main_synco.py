@@ -347,7 +347,7 @@ def test_bad_checkpoints(undisturbed, data, tmp_path, program):
 
 def test_a_save_folder_that_cannot_be_written(data, tmp_path, program):
     (tmp_path / "file").write_text("mine")
-    refused(program(*SMALL, "--save-dir", tmp_path / "file", data), "file: cannot be written (")
+    refused(program(*SMALL, "--save-dir", tmp_path / "file", data), "file: is not a folder")
     refused(program(*SMALL, "--save-dir", tmp_path / "file" / "below", data), "below: cannot be written (")
     refused(program(*SMALL, "--save-dir", "/proc/no", data), "/proc/no: cannot be written (")
     refused(
