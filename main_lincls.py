@@ -28,6 +28,7 @@ def parse():
     options.add_data(parser)
     options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
     options.add_classifier(parser)
+    options.add_skipping(parser)
     options.add_distributed(parser)
     flag = parser.add_argument
     flag("--lr", "--learning-rate", default=30.0, type=number(float, 0), help="learning rate")

@@ -31,6 +31,7 @@ def parse():
     options.add_data(parser)
     options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
     options.add_classifier(parser)
+    options.add_skipping(parser)
     options.add_distributed(parser)
     flag = parser.add_argument
     flag("--train-percent", default=100, type=int, choices=(1, 10, 100), help="of the labels")
@@ -74,7 +75,7 @@ def run(process, args):
         for group, lr in zip(optimizer.param_groups, (args.lr_classifier, args.lr_backbone)):
             group["lr"] = lr * cosine(epoch, args.epochs)
         network.train(finetune)
-        trial.train(learner, optimizer, epoch)
+        trial.train(learner, optimizer, epoch, scheduler=scheduler_state(args, epoch))
         if not finetune and epoch in (trial.start_epoch, args.epochs - 1):
             trial.check_frozen()
         trial.conclude(epoch, optimizer, scheduler=scheduler_state(args, epoch + 1))

@@ -24,20 +24,22 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from synco import checkpoint, distributed, knn, loader, metrics, options
+from synco import checkpoint, distributed, knn, loader, metrics, options, survival
 from synco.builder import SynCo, fitting, torchvision_network, try_images
 from synco.distributed import say
 from synco.negatives import TYPES
-from synco.options import UserError, number
+from synco.options import Failure, UserError, number
 
 # flags that may differ between a run and its continuation without a word
 UNRELATED = options.UNRELATED | {"save_freq", "keep", "knn_freq", "knn_k", "counts"}
+WITHIN = "checkpoint_step.pth.tar"  # where the run stands within an epoch; until that epoch's own is written
 
 
 def parse():
     parser = options.Parser(__doc__)
     options.add_data(parser)
     options.add_run(parser, epochs=200, batch_size=256, save_dir="./")
+    options.add_skipping(parser)
     options.add_distributed(parser)
     flag = parser.add_argument
     flag("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
@@ -85,51 +87,117 @@ def parse():
 
 def run(process, args):
     device = process.device
-    path, saved = find_checkpoint(args)
+    path, saved = checkpoint.find(args, own_checkpoints(args), own=[])
     before = saved["config"] if saved else {}
     args.deterministic = args.seed is not None or before.get("deterministic") is True
     args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, path, before))
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
 
     batch = batch_of_each(args, process)
-    batches, monitor, classes = load_data(args, process, batch)
-    steps = len(batches)
+    batches, monitor, classes = load_data(args, process, batch, checkpoint.skipped(saved, path))
+    steps, reader = len(batches), batches.dataset.reader
+    changed = options.compare(before, args, path, UNRELATED)
     model = make_model(args, device)
     # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
 
-    start_epoch = checkpoint.resume(saved, path, model, optimizer, args.arch) if saved else args.start_epoch
-    if start_epoch > args.epochs:
+    start_epoch, start, averages = args.start_epoch, 0, metrics.Averages()
+    if saved:
+        start_epoch = checkpoint.resume(saved, path, model, optimizer, args.arch)
+        start = checkpoint.position(saved, path, steps)
+        checkpoint.resume_averages(saved, path, averages, process)
+    if start_epoch * steps + start > args.epochs * steps:
         raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
     if process.rank == 0:
         checkpoint.prepare_folders(args, own_checkpoints(args), own=[], fresh=not path)
-        describe(args, process, batch, steps, start_epoch, path, before)
+        describe(args, process, batch, steps, (start_epoch, start), path, before, changed)
     saved = None  # its memory
-    log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
+    log = metrics.Log(args.log_dir, steps_done=start_epoch * steps + start, active=process.rank == 0)
 
     learner = distributed.parallel(model, device)
+    saves = survival.Saves(args.save_steps, args.save_minutes, args.dist_timeout)
 
     def evaluate(epoch):
         top1 = knn.accuracy(model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k)
         log.write("knn", epoch * steps, epoch=epoch, top1=top1)
         say(f"kNN after {epoch} epochs: {top1:.2f} %")
 
-    due = args.knn_freq and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs)
+    def save(step, *, last=False):
+        """After that many steps. last: of this run, which then cannot end as if all were well without it."""
+        done, within = divmod(step, steps)
+        name = WITHIN if within or not due_to_save(done, args) else f"checkpoint_{done - 1:04d}.pth.tar"
+        state = averages.state(distributed.from_all)
+        problem = ""
+        if process.rank == 0:
+            log.sync()
+            content = {
+                "epoch": done,
+                "arch": args.arch,
+                "state_dict": checkpoint.prefixed(model),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "steps_per_epoch": steps,
+                "averages": state,
+                "skipped": sorted(reader.known),
+                "config": vars(args),
+            }
+            problem = checkpoint.try_to_save(content, os.path.join(args.save_dir, name))
+            if not problem:
+                prune(name, args)
+        saves.done()
+        if last:
+            problem = distributed.from_rank_0(problem)
+            if problem:
+                raise Failure(problem)
+            saves.together()
+        return name
+
+    def stop(step):
+        """Save and leave, because the run was told to."""
+        name = save(step, last=True)
+        if process.rank == 0:
+            checkpoint.leave_marker(args, survival.warned(), step, name)
+        raise survival.Preempted(
+            f"told to stop: {os.path.join(args.save_dir, name)} holds {step} steps; --resume goes on"
+        )
+
+    def after_step(epoch, i, finite, lr):
+        """Save or stop if that is due, between two steps or at an epoch's end."""
+        step, at_end = epoch * steps + i + 1, i == steps - 1
+        due = saves.after(step, news=reader.news(), at_once=at_end)
+        if due.news:
+            reader.exchange()
+        if due.save and not (at_end and due_to_save(epoch + 1, args)):
+            check_finite(finite, batches, epoch, i, lr, args)
+            if due.stop:
+                stop(step)
+            save(step)
+
+    due = args.knn_freq and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs) and not start
     if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
         evaluate(start_epoch)
     for epoch in range(start_epoch, args.epochs):
-        batches.batch_sampler.sampler.set_epoch(epoch)
+        batches.batch_sampler.set_epoch(epoch, start)
         lr = learning_rate(epoch, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args)
-        done = epoch + 1
-        if process.rank == 0 and (done % args.save_freq == 0 or done == args.epochs):
-            save(model, optimizer, done, done * steps, args)
+        with reader.watched():
+            train(batches, learner, model, optimizer, averages, epoch, start, steps, lr, log, process, args, after_step)
+        done, start = epoch + 1, 0
+        if due_to_save(done, args):
+            if saves.stopping and done < args.epochs:
+                stop(done * steps)
+            save(done * steps, last=done == args.epochs)
         if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
             evaluate(done)
     log.close()
+    reader.tell()
     say(f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
+
+
+def due_to_save(done, args):
+    """Whether the checkpoint of an epoch is written: after `done` epochs."""
+    return done % args.save_freq == 0 or done == args.epochs
 
 
 def batch_of_each(args, process):
@@ -147,15 +215,18 @@ def batch_of_each(args, process):
     return batch
 
 
-def load_data(args, process, batch):
-    """(training batches, kNN's (bank, queries) or None, number of classes)."""
+def load_data(args, process, batch, skipped):
+    """(training batches, kNN's (bank, queries) or None, number of classes). skipped: numbers of bad images."""
     images = loader.image_folder(args.data, "train")
     step = batch * process.world_size
     if len(images) < step:
         raise UserError(f"--batch-size {args.batch_size}: a step takes {step} images, {images.root} has {len(images)}")
-    workers = loader.workers_each(args.workers, process.local_size)
-    pairs = loader.TwoCrops(images, loader.augmentation(args.img_size, args.aug_plus, args.blur), args.seed)
-    batches = loader.train_loader(pairs, batch, process=process, workers=workers, seed=args.seed)
+    args.processes, args.global_batch, args.train_images = process.world_size, step, len(images)
+    load = {"process": process, "workers": loader.workers_each(args.workers, process.local_size)}
+    load["timeout"] = args.worker_timeout
+    reader = loader.Reader(images, args.skip_bad_images, skipped)
+    pairs = loader.TwoCrops(reader, loader.augmentation(args.img_size, args.aug_plus, args.blur), args.seed)
+    batches = loader.train_loader(pairs, batch, seed=args.seed, **load)
     if not args.knn_freq:
         return batches, None, len(images.classes)
 
@@ -163,7 +234,7 @@ def load_data(args, process, batch):
     loader.same_classes(images, val, args.data)
     bank = copy.copy(images)  # the same index, other views
     bank.transform = val.transform = loader.center_view(args.img_size)
-    monitor = [loader.eval_loader(part, batch, process=process, workers=workers) for part in (bank, val)]
+    monitor = [loader.eval_loader(part, batch, **load) for part in (loader.Readable(bank, reader), val)]
     return batches, monitor, len(images.classes)
 
 
@@ -195,11 +266,11 @@ def make_model(args, device):
     return model.train()
 
 
-def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args):
-    """One epoch. Numbers are read back from the device at print steps only."""
+def train(batches, learner, model, optimizer, averages, epoch, start, steps, lr, log, process, args, after_step):
+    """One epoch from step `start` on. Numbers are read back from the device at print steps and saves only."""
     device, first = process.device, epoch * steps
-    averages, pace, printed = metrics.Averages(), metrics.Pace(), -1
-    for i, (im_q, im_k, _) in pace.watch(batches):
+    pace, finite = metrics.Pace(), metrics.Finite(device)
+    for i, (im_q, im_k, _) in pace.watch(batches, start):
         im_q, im_k = (im.to(device, non_blocking=True) for im in (im_q, im_k))
         if first + i == 0:
             log.images("pairs", pair_grid(im_q, im_k) if process.rank == 0 else None, 0)
@@ -210,23 +281,25 @@ def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, ar
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
+        bad = finite.watch(i, loss, model.encoder_q.parameters())
         optimizer.step()
 
-        averages.add(loss=loss, **metrics.contrastive_accuracy(logits, args.moco_k))
+        averages.add(loss=loss, bad=bad, **metrics.contrastive_accuracy(logits, args.moco_k))
         if i % args.print_freq == 0 or i == steps - 1:
             numbers = averages.read(distributed.mean)
-            if not math.isfinite(numbers["loss"]):
-                saved = own_checkpoints(args)
-                raise FloatingPointError(
-                    f"the loss is {numbers['loss']} between steps {printed + 1} and {i} of epoch {epoch} (lr {lr:g}); "
-                    f"last good checkpoint: {saved[-1] if saved else 'none'}"
-                )
-            printed = i
+            if numbers.pop("bad"):
+                check_finite(finite, batches, epoch, i, lr, args)
             numbers |= {"lr": lr, **pace.read(process.world_size)}
             if process.rank == 0:
                 counts = dict(zip(TYPES, model.counts_at(epoch + i / steps)))
                 left = pace.left((args.epochs - epoch) * steps - i - 1)
                 report(log, numbers, logits.detach(), counts, epoch, i, steps, left, args)
+        after_step(epoch, i, finite, lr)
+
+
+def check_finite(finite, batches, epoch, i, lr, args):
+    """Raise FloatingPointError that says where the loss or its gradient stopped being finite, if it did."""
+    checkpoint.check_finite(finite, batches, epoch, i, f"lr {lr:g}", own_checkpoints(args), args.save_dir)
 
 
 def report(log, numbers, logits, counts, epoch, i, steps, left, args):
@@ -250,17 +323,20 @@ def learning_rate(epoch, args):
     return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
 
 
-def find_checkpoint(args):
-    """What --resume asks for: (path, the loaded checkpoint), or (None, None) for a fresh start."""
-    path = distributed.from_rank_0(
-        checkpoint.resume_path(args, own_checkpoints(args), own=[]) if distributed.rank() == 0 else None
-    )
-    return (path, checkpoint.load(path)) if path else (None, None)
-
-
 def own_checkpoints(args):
     """The checkpoints in --save-dir, oldest first."""
-    return [path for _, path in checkpoint.numbered(args.save_dir)]
+    within = os.path.join(args.save_dir, WITHIN)
+    return [path for _, path in checkpoint.numbered(args.save_dir)] + [within] * os.path.exists(within)
+
+
+def prune(written, args):
+    """After a checkpoint of that name is safe, remove those that are not needed any more."""
+    within = os.path.join(args.save_dir, WITHIN)
+    if written != WITHIN and os.path.exists(within):
+        os.remove(within)
+    if args.keep:
+        for _, path in checkpoint.numbered(args.save_dir)[: -args.keep]:
+            os.remove(path)
 
 
 def method(args):
@@ -279,7 +355,7 @@ def method(args):
     )
 
 
-def describe(args, process, batch, steps, start_epoch, path, before):
+def describe(args, process, batch, steps, position, path, before, changed):
     """Print what is about to run, and store it as config.json."""
     facts = {
         "method": method(args),
@@ -292,29 +368,10 @@ def describe(args, process, batch, steps, start_epoch, path, before):
     }
     metrics.tell(facts)
     if path:
-        metrics.tell({"resumed": f"{path}, {start_epoch} epochs done"})
-        changed = options.changed(before, args, UNRELATED)
-        if changed:
-            metrics.tell({"changed": "; ".join(changed)})
-        if start_epoch == args.epochs:  # nothing left to train: config.json stays what it says of the run
+        checkpoint.tell_resumed(path, position, process, before, changed)
+        if position[0] == args.epochs:  # nothing left to train: config.json stays what it says of the run
             return
     metrics.write_json(os.path.join(args.save_dir, "config.json"), vars(args) | facts | metrics.origin())
-
-
-def save(model, optimizer, done, step, args):
-    """The published names and keys, and the settings beside them; then prune what --keep does not keep."""
-    content = {
-        "epoch": done,
-        "arch": args.arch,
-        "state_dict": checkpoint.prefixed(model),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "config": vars(args),
-    }
-    checkpoint.save(content, os.path.join(args.save_dir, f"checkpoint_{done - 1:04d}.pth.tar"))
-    if args.keep:
-        for path in own_checkpoints(args)[: -args.keep]:
-            os.remove(path)
 
 
 def pair_grid(im_q, im_k, pairs=8):

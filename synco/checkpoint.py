@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -10,15 +11,17 @@ import secrets
 import struct
 import tempfile
 import warnings
+import zipfile
 
 import torch
 
-from synco import metrics
+from synco import distributed, loader, metrics, survival
 from synco.options import UserError
 
 # what torch, zipfile and pickle raise on files that are truncated or of another kind
 DAMAGED = (
     OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, struct.error,
+    ArithmeticError, AssertionError, MemoryError, zipfile.BadZipFile,
 )  # fmt: skip
 
 PREFIX = "module."  # what DistributedDataParallel writes, and what the published tools expect
@@ -38,17 +41,121 @@ def whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
+def _sync_folder(folder):
+    """Flush a folder's entries to disk, where the system lets a folder be opened: a rename is one of them."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+class _Hashing:
+    """A file to write to that keeps the SHA-256 of what was written, and the error that torch.save would hide."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, data):
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+# What follows a checkpoint of ours, as the comment that a zip archive may end with: torch.load passes over it, and it
+# stays with the file. The digest is of the file as torch.save wrote it, whose comment has the length 0.
+SEAL = re.compile(rb"synco sha256 ([0-9a-f]{64})")
+SEALED = len(b"synco sha256 ") + 64
+
+
 def save(checkpoint, path):
-    """Write a checkpoint, whole or not at all; what a killed attempt at it has left is removed."""
+    """Write a checkpoint, whole or not at all; what a killed attempt at it has left is removed.
+
+    Raises OSError if it cannot be written; the file that was there is then as it was.
+    """
     for left in glob.glob(f"{glob.escape(path)}.????????.tmp"):
         os.remove(left)
     with whole(path) as file:
-        torch.save(checkpoint, file)
+        hashing = _Hashing(file)
+        try:
+            torch.save(checkpoint, hashing)
+        except RuntimeError:
+            raise hashing.error or RuntimeError(f"{path}: torch cannot write it") from None
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", SEALED) + b"synco sha256 " + hashing.digest.hexdigest().encode())
+
+
+def try_to_save(checkpoint, path):
+    """`save`, if it can: a line that says why not, for the run to go on until the next save, or "".
+
+    Raises FloatingPointError if weights or momentum are not finite: such a file would replace a good one.
+    """
+    check_before_saving(checkpoint)
+    try:
+        save(checkpoint, path)
+        return ""
+    except OSError as error:
+        problem = f"{path}: cannot be written ({error.strerror or error}); the checkpoint before it is whole"
+        distributed.warn(problem)
+        return problem
+
+
+def check_whole(path):
+    """Raise UserError if a file is damaged, as far as it can tell: by its seal, else by the zip's own checksums.
+
+    The seal covers every bit of the file. Those of MoCo and SynCo have none; in torch's format of before 2020 there is
+    nothing to check. Archives that would have to be unpacked are refused: torch.save writes none.
+    """
+    damaged = UserError(f"{path}: not a whole checkpoint file: truncated, damaged or of another kind")
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":
+                if SEAL.search(_tail(file, SEALED)):
+                    raise damaged
+                return
+            end = _tail(file, 22 + SEALED)
+            if end[-22:].startswith(b"PK\5\6") and end[-2:] == b"\0\0":  # no comment
+                with zipfile.ZipFile(file) as archive:
+                    packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+                    if packed or archive.testzip() is not None:
+                        raise damaged
+                return
+            seal = SEAL.fullmatch(end[22:])
+            if not seal or end[20:22] != struct.pack("<H", SEALED):
+                raise damaged
+            digest, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - SEALED - 2
+            file.seek(0)
+            while left:
+                block = file.read(min(left, 1 << 20))
+                if not block:
+                    raise damaged
+                digest.update(block)
+                left -= len(block)
+            digest.update(b"\0\0")
+            if digest.hexdigest().encode() != seal[1]:
+                raise damaged
+    except DAMAGED as error:
+        raise error if error is damaged else damaged from error
+
+
+def _tail(file, count):
+    """The last bytes of a file, as many as there are of `count`."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+    return file.read(count)
 
 
 def load(path):
@@ -60,6 +167,7 @@ def load(path):
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint file")
+    check_whole(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, on kinds of files and tensors that are refused in one line
@@ -86,6 +194,32 @@ def load(path):
 
 def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def find(args, mine, own):
+    """What --resume asks for: (path, the loaded checkpoint), or (None, None) for a fresh start. For every process.
+
+    mine: the checkpoints of a run of this program in --save-dir, oldest first; own: the names of its other files. With
+    'auto' the newest that is whole; a warning says which ones are not.
+    """
+    path = saved = None
+    if distributed.rank() == 0:
+        path = resume_path(args, mine, own)
+        damaged = []
+        for path in reversed(mine) if args.resume == "auto" else []:
+            try:
+                saved = load(path)
+                break
+            except UserError as error:
+                damaged.append(str(error))
+        if damaged and saved is None:
+            raise UserError(f"--resume auto: no checkpoint in {args.save_dir} is whole, the newest: {damaged[0]}")
+        for why in damaged:
+            distributed.warn(f"{why}; going on from {path}")
+    path = distributed.from_rank_0(path)
+    if path and saved is None:
+        saved = load(path)
+    return path, saved
 
 
 def numbered(folder):
@@ -128,6 +262,7 @@ def resume(checkpoint, path, model, optimizer, arch):
     wrong = differences(found, wanted)
     if wrong:
         raise UserError(f"{path}: does not fit this model (dim, K, mlp?): {wrong}")
+    check_values(found, path, wanted)
     load_optimizer(checkpoint, path, optimizer)
     model.load_state_dict(found)
     return checkpoint["epoch"]
@@ -139,14 +274,71 @@ def check_epoch(checkpoint, path):
         raise UserError(f"{path}: its epoch is {checkpoint['epoch']!r}, not a number of epochs done")
 
 
+def position(checkpoint, path, steps):
+    """How many steps of the epoch that follows its whole epochs a checkpoint has done: 0..steps, of `steps` an epoch.
+
+    0 in one that does not say: MoCo's and SynCo's own are of whole epochs. Raises UserError if it makes no sense here.
+    """
+    if "steps_per_epoch" not in checkpoint:
+        return 0
+    epoch, step, per = (checkpoint.get(name) for name in ("epoch", "step", "steps_per_epoch"))
+    if not all(isinstance(x, int) for x in (epoch, step, per)) or not 0 <= step - epoch * per <= per:
+        raise UserError(f"{path}: its step is {step!r} after {epoch!r} epochs of {per!r} steps")
+    if step > epoch * per and per != steps:
+        raise UserError(f"{path}: was stopped within an epoch of {per} steps; here an epoch has {steps}")
+    return step - epoch * per
+
+
+def resume_averages(checkpoint, path, averages, process):
+    """Load the averages since the last progress line, so that the next line is that of a run which never stopped."""
+    if checkpoint.get("averages") is not None:
+        try:
+            averages.restore(checkpoint["averages"], process.rank, process.world_size, process.device)
+        except ValueError as error:
+            raise UserError(f"{path}: its averages are {error}") from error
+
+
+def skipped(checkpoint, path):
+    """The numbers of the bad images that a run had replaced before; none without a checkpoint."""
+    found = checkpoint.get("skipped", []) if checkpoint else []
+    if not isinstance(found, list) or not all(isinstance(index, int) and index >= 0 for index in found):
+        raise UserError(f"{path}: its list of replaced images is none")
+    return found
+
+
+def tell_resumed(path, position, process, before, changed):
+    """Print what a run goes on from, and what differs from the run before. position: (epochs, steps of the next)."""
+    epochs, steps = position
+    within = f" and {steps} steps of the next" if steps else ""
+    metrics.tell({"resumed": f"{path}, {epochs} epochs{within} done"})
+    if before.get("processes", process.world_size) != process.world_size:
+        metrics.tell(
+            {
+                "processes": f"{before['processes']} → {process.world_size}: the same images in each step, but not the "
+                "same numbers, as BatchNorm sees other parts of them"
+            }
+        )
+    if changed:
+        metrics.tell({"changed": "; ".join(changed)})
+
+
 def load_optimizer(checkpoint, path, optimizer):
     """Load a checkpoint's momentum; learning rate, momentum's factor and weight decay stay those of the command line.
 
     Raises UserError if it does not fit; the optimiser is then as it was.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
+        for number, state in checkpoint["optimizer"]["state"].items():
+            for name, tensor in state.items():
+                if isinstance(tensor, torch.Tensor) and tensor.dim():  # a tensor of one number is a count
+                    check_values({f"{name} {number}": tensor}, path)
+                    if tensor.shape != parameters[number].shape:
+                        raise ValueError(f"{name} {number} has the shape {tuple(tensor.shape)}")
         optimizer.load_state_dict(checkpoint["optimizer"])
+    except UserError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({_first_line(error)})") from error
     for group, setting in zip(optimizer.param_groups, settings):
@@ -212,10 +404,7 @@ def load_backbone(network, head, weights, path):
     wrong = differences(weights, wanted)
     if wrong:
         raise UserError(f"{path}: its weights do not fit this network: {wrong}")
-    check_real(weights, path, whole=[name for name, tensor in wanted.items() if not tensor.is_floating_point()])
-    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-    if broken:
-        raise UserError(f"{path}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)")
+    check_values(weights, path, wanted)
     network.load_state_dict(weights, strict=False)  # strict but for the head
     return len(weights)
 
@@ -230,6 +419,55 @@ def check_real(weights, path, whole=()):
         if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.is_meta:
             kind = "without numbers (meta)" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
             raise UserError(f"{path}: {name} is a tensor {kind}; weights are dense and of real numbers")
+
+
+def check_values(tensors, path, wanted=None):
+    """Raise UserError that names a tensor which does not hold finite real numbers, or whole ones where those in
+    `wanted` are."""
+    check_real(tensors, path, whole=[name for name, like in (wanted or {}).items() if not like.is_floating_point()])
+    broken = not_finite(tensors)
+    if broken:
+        raise UserError(f"{path}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)")
+
+
+def not_finite(tensors):
+    """The names of those among {name: tensor} that hold infinities or NaN, with one read from the device."""
+    if not tensors:
+        return []
+    device = next(iter(tensors.values())).device
+    good = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors.values()]).tolist()
+    return [name for name, fine in zip(tensors, good) if not fine]
+
+
+def check_before_saving(content):
+    """Raise FloatingPointError if weights or momentum are not finite: such a file would replace a good one."""
+    tensors = dict(content["state_dict"])
+    for number, state in content["optimizer"]["state"].items():
+        tensors |= {f"{name} {number}": x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    broken = not_finite(tensors)
+    if broken:
+        raise FloatingPointError(f"{broken[0]} is not finite ({len(broken)} such tensors); nothing was saved")
+
+
+def check_finite(finite, batches, epoch, i, rates, mine, folder):
+    """Raise FloatingPointError if a loss or gradient was not finite up to step i of an epoch; for every process.
+
+    It names the first such step, the learning rates (`rates`) and the newest of the checkpoints `mine`;
+    nonfinite.json in `folder` has the images of that step.
+    """
+    first = finite.first_bad(distributed.from_all)
+    if first is None:
+        return
+    images = loader.images_of(batches, epoch, first)
+    report = os.path.join(folder, "nonfinite.json")
+    if distributed.rank() == 0:
+        with contextlib.suppress(OSError), whole(report) as file:
+            content = {"epoch": epoch, "step": first, "noticed": i, "rates": rates, "images": images}
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+    raise FloatingPointError(
+        f"the loss or its gradient is not finite from step {first} of epoch {epoch} on ({rates}; noticed at step {i}); "
+        f"its images: {report}; last good checkpoint: {mine[-1] if mine else 'none'}"
+    )
 
 
 def summary(checkpoint, path, count):
@@ -264,7 +502,10 @@ def resume_path(args, mine, own):
 
     mine: the checkpoints of a run of this program in --save-dir, oldest first; own: the names of its other files.
     """
+    lock(args)
     newest = mine[-1] if mine else None
+    if args.restarted:  # by torchrun, after this very run began: what --save-dir holds is its own
+        args.overwrite, args.resume = False, "auto" if mine else args.resume
     path = newest if args.resume == "auto" else args.resume or None
     if path and not os.path.isfile(path):
         raise UserError(f"{path}: no such checkpoint file")
@@ -304,9 +545,36 @@ def prepare_folders(args, mine, own, fresh):
     `resume_path` has seen to it that this is a run that --overwrite gives up, or one that left no checkpoint.
     """
     make_folders(args.save_dir, args.log_dir)
+    lock(args)
+    for pattern in ("checkpoint_*.pth.tar", "model_best_*.pth.tar"):  # what killed writes have left: the lock is ours
+        for left in glob.glob(os.path.join(glob.escape(args.save_dir), f"{pattern}.????????.tmp")):
+            os.remove(left)
+    marker = os.path.join(args.save_dir, survival.MARKER)
+    if os.path.exists(marker):
+        os.remove(marker)
     old = [*mine, *(path for path in own if os.path.exists(path))] if args.overwrite else []
     for path in old + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
         os.remove(path)
+    distributed.began()
+
+
+def lock(args):
+    """Lock --save-dir, if it is there, for this run. Raises UserError if another one has it."""
+    if os.path.isdir(args.save_dir):
+        try:
+            survival.lock(args.save_dir)
+        except OSError as error:
+            raise UserError(f"{args.save_dir}: cannot be written ({error.strerror})") from error
+
+
+def leave_marker(args, signal, step, path):
+    """Write preempted.json, which tells a script that the run was told to stop and where it goes on."""
+    content = {"signal": signal, "step": step, "checkpoint": os.path.basename(path)}
+    try:
+        with whole(os.path.join(args.save_dir, survival.MARKER)) as file:
+            file.write(json.dumps(content).encode() + b"\n")
+    except OSError as error:
+        distributed.warn(f"{args.save_dir}: {survival.MARKER} cannot be written ({error.strerror})")
 
 
 def make_folders(*folders):

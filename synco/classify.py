@@ -1,7 +1,5 @@
 """What trains and validates a classifier, in the linear probe and in fine-tuning alike."""
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,18 +15,34 @@ def new_last_layer(network, head):
     return last
 
 
-def train(learner, batches, optimizer, epoch, *, process, seed, print_freq, report):
-    """One epoch of cross-entropy. Numbers are read back from the device at print steps only.
+def train(
+    learner,
+    batches,
+    optimizer,
+    epoch,
+    *,
+    process,
+    seed,
+    print_freq,
+    averages,
+    report,
+    check_finite,
+    after_step,
+    start=0,
+):
+    """One epoch of cross-entropy from step `start` on. Numbers are read from the device at print steps only.
 
     learner: a network, or what `distributed.parallel` made of one, in the mode that its BatchNorm and dropout are to
-    have; batches: a `loader.train_loader`. At print steps calls report(step in the epoch, numbers, pace): loss, acc1
-    and acc5 (percent) as means since the last, images_per_second, data_share; a `metrics.Pace`.
-    Raises FloatingPointError if the loss is not finite.
+    have; batches: a `loader.train_loader`; averages: those since the last print step. At print steps calls
+    report(step in the epoch, numbers, pace): loss, acc1 and acc5 (percent) as means since the last, images_per_second,
+    data_share; a `metrics.Pace`. Calls after_step(step in the epoch, a `metrics.Finite`) after each step, and
+    check_finite with the same at print steps if a loss or gradient was not finite, to raise FloatingPointError.
     """
     steps = len(batches)
-    batches.batch_sampler.sampler.set_epoch(epoch)
-    averages, pace = metrics.Averages(), metrics.Pace()
-    for i, (images, labels) in pace.watch(batches):
+    batches.batch_sampler.set_epoch(epoch, start)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pace, finite = metrics.Pace(), metrics.Finite(process.device)
+    for i, (images, labels) in pace.watch(batches, start):
         images = images.to(process.device, non_blocking=True)
         labels = labels.to(process.device, non_blocking=True)
         # what a network with dropout draws is a function of the step, too
@@ -37,15 +51,17 @@ def train(learner, batches, optimizer, epoch, *, process, seed, print_freq, repo
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
+        bad = finite.watch(i, loss, parameters)
         optimizer.step()
 
         right = 100.0 * (metrics.ranked(logits) == labels[:, None])  # (N, 5)
-        averages.add(loss=loss, acc1=right[:, 0].mean(), acc5=right.sum(dim=1).mean())
+        averages.add(loss=loss, bad=bad, acc1=right[:, 0].mean(), acc5=right.sum(dim=1).mean())
         if i % print_freq == 0 or i == steps - 1:
             numbers = averages.read(distributed.mean)
-            if not math.isfinite(numbers["loss"]):
-                raise FloatingPointError(f"the loss is {numbers['loss']} in epoch {epoch}, step {i}")
+            if numbers.pop("bad"):
+                check_finite(i, finite)
             report(i, numbers | pace.read(process.world_size), pace)
+        after_step(i, finite)
 
 
 @torch.no_grad()

@@ -3,10 +3,13 @@
 World size 1 and a CPU are ordinary cases: without a process group the collectives below act on one process.
 """
 
+import datetime
+import functools
 import gc
 import inspect
 import logging
 import os
+import re
 import sys
 import time
 import zlib
@@ -19,9 +22,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from synco.options import UserError, usable_cpus
+from synco import survival
+from synco.options import Failure, UserError, usable_cpus
+from synco.survival import PREEMPTED, Preempted
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+
+# what gloo's and NCCL's errors say where a process has gone
+GONE = re.compile(r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|socket", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,10 @@ def launch(worker, parse):
     """Parse the command line, start the processes it asks for, and run worker(process, args) in each.
 
     parse() → args with the flags of `options.add_distributed`. A `UserError` ends the program with one line on
-    stderr and status 2, a FloatingPointError (the run diverged) with one line and status 1; of several processes
-    one reports. Any other exception keeps its traceback.
+    stderr and status 2, a FloatingPointError (the run diverged) or a `Failure` with one line and status 1, `Preempted`
+    with status 75; of several processes one reports. Any other exception keeps its traceback.
+    SIGTERM and SIGUSR1 are warnings, see `survival.warned`. args.restarted is set where torchrun has started the
+    processes anew after the run `began`: such a run is to go on by itself.
     """
     try:
         args = parse()
@@ -61,8 +71,10 @@ def launch(worker, parse):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _report(error)
         sys.exit(2)
+    args.restarted = False
     try:
-        start(worker, args)
+        with survival.listening():
+            start(worker, args)
     except KeyboardInterrupt:
         _report("interrupted")
         sys.exit(INTERRUPTED)
@@ -125,7 +137,7 @@ def _plan(args):
         return lambda worker, args: _spawn(worker, args, local_size, nodes=world, node=max(rank, 0))
     if world > 1:
         return lambda worker, args: _by_hand(worker, args, world, rank)
-    return lambda worker, args: _enter(worker, args, Process(device=_device(args.gpu or 0)), lambda: None)
+    return lambda worker, args: _enter(worker, args, Process(device=_device(args.gpu or 0)), None)
 
 
 def _plan_environment(args, gpus):
@@ -151,16 +163,18 @@ def _plan_environment(args, gpus):
     if gpus and launched and local_size > gpus:
         raise UserError(f"{local_size} processes on this node, which has {gpus} GPU{'s' * (gpus != 1)}")
 
-    def connect():
+    def connect(again=False):
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
+            if again:
+                return dist.TCPStore(host, port, world, is_master=False, wait_for_workers=False)
             store, _, _ = next(dist.rendezvous("env://"))
         except dist.DistNetworkError as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"MASTER_ADDR:MASTER_PORT {where}: the processes cannot meet there") from error
-        return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            raise UserError(f"MASTER_ADDR:MASTER_PORT {host}:{port}: the processes cannot meet there") from error
+        return store
 
     process = Process(rank, world, local_rank, local_size, _device(local_rank))
-    return lambda worker, args: _enter(worker, args, process, connect)
+    return lambda worker, args: _enter(worker, args, process, connect, launched="TORCHELASTIC_RUN_ID" in os.environ)
 
 
 def _integers(*names):
@@ -208,17 +222,23 @@ def _spawn(worker, args, local_size, *, nodes, node):
         sys.exit(2)
     url = f"tcp://localhost:{store.port}" if node == 0 else args.dist_url
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # the worker's own line says what happened
+    start = functools.partial(
+        mp.spawn, _spawned, (worker, args, url, local_size, world, node), nprocs=local_size, join=False
+    )
     try:
-        mp.spawn(_spawned, (worker, args, url, local_size, world, node), nprocs=local_size)
+        with survival.passing_on(start) as context:
+            while not context.join():
+                pass
     except mp.ProcessExitedException as error:
         if error.exit_code < 0:  # a signal, from the system when memory runs out, say: the worker could not speak
-            _report(error)
+            _report(f"rank {node * local_size + error.error_index} was ended by {error.signal_name}")
         sys.exit(error.exit_code if error.exit_code > 0 else 1)
 
 
 def _spawned(local_rank, worker, args, url, local_size, world, node):
     process = Process(node * local_size + local_rank, world, local_rank, local_size, _device(local_rank))
-    _enter(worker, args, process, lambda: _store(url, world, serve=False))
+    with survival.listening():
+        _enter(worker, args, process, lambda again=False: _store(url, world, serve=False), launched=True)
 
 
 def _share(args, world):
@@ -229,24 +249,46 @@ def _share(args, world):
 def _by_hand(worker, args, world, rank):
     """One process of several that the user starts one by one."""
     process = Process(rank, world, args.gpu or 0, _share(args, world), _device(args.gpu or 0))
-    _enter(worker, args, process, lambda: _store(args.dist_url, world, serve=rank == 0))
+    _enter(worker, args, process, lambda again=False: _store(args.dist_url, world, serve=rank == 0 and not again))
 
 
-def _enter(worker, args, process, connect):
-    """Run the worker in this process, within a process group if connect() gives a store."""
+def _enter(worker, args, process, connect, launched=False):
+    """Run the worker in this process, within a process group if there is a connect.
+
+    connect() → the store where the processes meet; connect(again=True) → a further connection to it; launched: whether
+    the parent process is a launcher.
+    """
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cpus() // process.local_size))
-    store, status = None, None
+    store, all_starts, status, guard = None, None, None, survival.Guard(process, None, False, 0, _report)
     try:
-        store = connect()
-        if store is not None:
+        if connect is not None:
+            all_starts = connect()  # torchrun's is the same in every start of the processes
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            if launched and attempt != "0":
+                if all_starts.check(["preempted"]):  # torchrun takes it for a failure; it is none to be tried again
+                    raise Preempted("the run was told to stop")
+                args.restarted = all_starts.check(["began"])
+            store = dist.PrefixStore(attempt, all_starts)
             backend = args.dist_backend or ("nccl" if process.device.type == "cuda" else "gloo")
-            dist.init_process_group(backend, store=store, rank=process.rank, world_size=process.world_size)
+            timeout = None if args.dist_timeout is None else datetime.timedelta(seconds=args.dist_timeout)
+            dist.init_process_group(
+                backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout
+            )
+            beats = dist.PrefixStore(attempt, connect(again=True))
+            guard = survival.Guard(process, beats, launched, args.peer_timeout, _report)
+            guard.start()
+            _begun.append(all_starts)
         worker(process, args)
         status = 0
-    except (UserError, FloatingPointError) as error:
+    except Preempted as error:
+        if all_starts is not None:
+            all_starts.set("preempted", "")
+        say(str(error))
+        status = PREEMPTED
+    except (UserError, FloatingPointError, Failure) as error:
         # Of the processes that get here the first speaks for all.
         if (process.local_rank == 0) if store is None else _failures(store, 1) in (1, None):
             _report(error)
@@ -255,24 +297,47 @@ def _enter(worker, args, process, connect):
         if process.world_size == 1:
             raise
         status = INTERRUPTED  # the launcher says it
-    except RuntimeError:
-        failures = 0 if store is None else _failures(store, 0)
-        if failures == 0:
-            raise
-        if failures is None:
-            _report("lost the process that holds the others together; its own message says why")
-        # This process lost a peer to the peer's own error, which the peer reports. Its launcher is to see the peer's
-        # end and status first, and ends this process then.
-        time.sleep(5)
-        status = 2
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            if store is None or _failures(store, 1) in (1, None):
+                _report(f"{str(error).strip().splitlines()[0]} The run can go on from its last checkpoint.")
+            status = 1
+        else:
+            failures = 0 if store is None else _failures(store, 0)
+            if failures == 0 and (process.world_size == 1 or not GONE.search(str(error))):
+                raise
+            gone = guard.gone() if failures == 0 else []
+            if failures == 0 and gone == [] and not survival.warned():
+                raise
+            if failures is None or gone is None:
+                _report("lost the process that holds the others together; its own message says why")
+            elif gone and process.rank == min(set(range(process.world_size)) - set(gone)):
+                _report(f"lost {survival.ranks(gone)}; the run can go on from its last checkpoint")
+            # This process lost a peer to the peer's own end, which the peer or its launcher reports. The launcher is to
+            # see the peer's end and status first, and ends this process then.
+            time.sleep(5)
+            status = 2 if failures else 1
     finally:
+        _begun.clear()
+        survival.unlock()
         if status is None and store is not None:
             _failures(store, 1)  # a bug: the peers need not report that they lost this process
+        guard.finish(done=status in (0, PREEMPTED))
     if status == 0 and store is not None and dist.get_backend() == "nccl":
         dist.destroy_process_group()
     if status or store is not None:
+        survival.end_workers()
         gc.collect()  # ends loading workers that the error's traceback kept
         _leave(status, process)
+
+
+_begun = []  # the store that outlives the processes, see `began`
+
+
+def began():
+    """Say that the run has its save folder: should torchrun start the processes anew, they go on with what it holds."""
+    if _begun and rank() == 0:
+        _begun[0].set("began", "")
 
 
 def _failures(store, more):
@@ -386,6 +451,15 @@ def from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all(value):
+    """[each process's value (any small picklable object)], in rank order, in every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def say(text):

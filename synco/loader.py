@@ -4,18 +4,20 @@ Every draw is a function of (seed, epoch, image index), so neither the number of
 """
 
 import contextlib
+import copy
+import itertools
 import math
 import os
 
 import torch
 from PIL import Image, ImageFilter
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from synco import distributed
-from synco.options import UserError, usable_cpus
+from synco import distributed, survival
+from synco.options import Failure, UserError, usable_cpus
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -107,34 +109,140 @@ def _drawing(seed, epoch, index):
         yield
 
 
+class Reader:
+    """Reads a data set's training images: replaces those that cannot be read, and knows which are being read.
+
+    An image that cannot be read is replaced by the next one that can, so the replacement depends on the image alone.
+    More than `limit` such images end the run. What the loading workers find out lies in memory shared with them.
+    dataset: items (image, label), reading item i raises UserError if that file is bad; known: the numbers of images
+    that were found to be bad before.
+    """
+
+    def __init__(self, dataset, limit=0, known=()):
+        self.dataset, self.limit = dataset, limit
+        self.bad = torch.zeros(len(dataset) if limit else 0, dtype=torch.uint8).share_memory_()
+        self.found = torch.zeros(1, dtype=torch.long).share_memory_()  # moves with every bad image that is found
+        self.reading = torch.full((256,), -1, dtype=torch.long).share_memory_()  # by each worker
+        self.told, self.known = 0, set()
+        self.learn(known)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def read(self, index):
+        """Image, label and number of image `index`, or of the one that replaces it."""
+        worker = get_worker_info()
+        place = worker.id % len(self.reading) if worker else 0
+        while True:
+            if not self.limit or not self.bad[index]:
+                self.reading[place] = index
+                try:
+                    found = self.dataset[index]
+                    self.reading[place] = -1
+                    return (*found[:2], index)
+                except UserError as error:
+                    if not self.limit:
+                        raise
+                    self.bad[index] = 1
+                    self.found += 1
+                    if self.bad.sum() > self.limit:
+                        raise UserError(f"{error}; --skip-bad-images {self.limit} allows no more") from error
+            index = (index + 1) % len(self.dataset)
+
+    def news(self):
+        """Whether a bad image has been found here since `exchange`."""
+        return self.found.item() != self.told
+
+    def exchange(self):
+        """Tell all processes the bad images of each. Every process must call this, see `survival.Saves`.
+
+        Raises UserError if they are too many together.
+        """
+        self.told = self.found.item()
+        found = set().union(*distributed.from_all(self.bad.nonzero().flatten().tolist()))
+        for index in sorted(found - self.known):
+            distributed.warn(f"{name_of(self.dataset, index)}: cannot be read; the next image takes its place")
+        self.learn(found)
+        if len(self.known) > self.limit:
+            names = ", ".join(name_of(self.dataset, index) for index in sorted(self.known)[:3])
+            raise UserError(f"{len(self.known)} images cannot be read, such as {names}; --skip-bad-images {self.limit}")
+
+    def learn(self, found):
+        """Take these numbers for those of bad images."""
+        self.known |= set(found)
+        if self.known and self.limit:
+            self.bad[list(self.known)] = 1
+
+    def tell(self):
+        """Say which images were replaced, if any."""
+        if self.known:
+            names = ", ".join(name_of(self.dataset, index) for index in sorted(self.known))
+            distributed.say(f"{len(self.known)} images could not be read and were replaced: {names}")
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Around the training on these images: a loading worker that dies or is stuck becomes a `Failure` that says at
+        which files."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            survival.end_workers()
+            busy = [name_of(self.dataset, index) for index in self.reading.tolist() if index >= 0]
+            why = str(error).strip().splitlines()[0].rstrip(". ")
+            at = f"; the workers were reading {', '.join(busy[:4])}" if busy else ""
+            raise Failure(f"{why}{at}; the run can go on from its last checkpoint") from error
+
+
+def name_of(dataset, index):
+    """The path of an image of an `image_folder`."""
+    return dataset.samples[index][0]
+
+
+class Readable(Dataset):
+    """A data set under its own transform, for evaluation, with the replacements of a `Reader` of the same images."""
+
+    def __init__(self, dataset, reader):
+        self.reader = copy.copy(reader)  # the same shared memory
+        self.reader.dataset = dataset
+
+    def __len__(self):
+        return len(self.reader)
+
+    def __getitem__(self, index):
+        return self.reader.read(index)[:2]
+
+
 class Augmented(Dataset):
     """One augmented view of each image and its label, drawn from (seed, epoch, image index).
 
-    dataset: items (PIL image, label); keys are pairs (epoch, index), as `EpochSampler` gives them.
+    dataset: a `Reader`, or items (PIL image, label); keys are pairs (epoch, index), as `EpochSampler` gives them.
     Items: image (3, H, W), label.
     """
 
     def __init__(self, dataset, transform, seed):
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.reader = dataset if isinstance(dataset, Reader) else Reader(dataset)
+        self.dataset, self.transform, self.seed = self.reader.dataset, transform, seed
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, key):
         epoch, index = key
-        image, label = self.dataset[index]
+        image, label, _ = self.reader.read(index)
         with _drawing(self.seed, epoch, index):
             return self.transform(image), label
 
 
 class TwoCrops(Augmented):
-    """Two augmented views of each image. Items: im_q (3, H, W), im_k (3, H, W), index."""
+    """Two augmented views of each image. Items: im_q (3, H, W), im_k (3, H, W), index of the image that was read."""
 
     def __getitem__(self, key):
         epoch, index = key
-        image, _ = self.dataset[index]
+        image, _, read = self.reader.read(index)
         with _drawing(self.seed, epoch, index):
-            return self.transform(image), self.transform(image), index
+            return self.transform(image), self.transform(image), read
 
 
 class EpochSampler(DistributedSampler):
@@ -144,7 +252,29 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
-class WholeBatches(BatchSampler):
+class Batches(BatchSampler):
+    """A sampler's keys in batches, from batch `start` of the epoch on; the length is the whole epoch's.
+
+    Each batch of all processes together is the next part of the epoch's permutation, so another number of processes
+    with batches of the same total goes on with the images that are left.
+    """
+
+    start = 0
+
+    def set_epoch(self, epoch, start=0):
+        """Which epoch the next iteration is of, and how many of its batches are left out."""
+        self.sampler.set_epoch(epoch)
+        self.start = start
+
+    def __iter__(self):
+        return itertools.islice(self.whole_epoch(), self.start, None)
+
+    def whole_epoch(self):
+        """All batches of the epoch."""
+        return super().__iter__()
+
+
+class WholeBatches(Batches):
     """All keys of a sampler in batches, the last one smaller; a single key left over joins the batch before.
 
     In train mode BatchNorm cannot take one image by itself.
@@ -157,7 +287,7 @@ class WholeBatches(BatchSampler):
         full, rest = divmod(len(self.sampler), self.batch_size)
         return full + (rest > 1 or full == 0)
 
-    def __iter__(self):
+    def whole_epoch(self):
         keys, count = list(self.sampler), len(self)
         for i in range(count):
             yield keys[i * self.batch_size : (i + 1) * self.batch_size if i < count - 1 else None]
@@ -176,24 +306,41 @@ def batch_each(total, local_size):
     return batch
 
 
-def train_loader(dataset, batch_size, *, process, workers, seed, keep_last=False):
-    """Shuffled batches of `batch_size` for this process; call `.batch_sampler.sampler.set_epoch` first.
+def train_loader(dataset, batch_size, *, process, workers, seed, keep_last=False, timeout=0):
+    """Shuffled batches of `batch_size` for this process; call `.batch_sampler.set_epoch` first.
 
     Without keep_last the incomplete last batch is left out, and the images that do not divide among the processes.
     With it every image is seen (see `WholeBatches`); up to one a process twice, so that all processes have as many.
+    timeout: seconds to wait for a batch, 0: for ever.
     """
     sampler = EpochSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed, drop_last=not keep_last)
-    batches = WholeBatches(sampler, batch_size) if keep_last else BatchSampler(sampler, batch_size, drop_last=True)
+    batches = WholeBatches(sampler, batch_size) if keep_last else Batches(sampler, batch_size, drop_last=True)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=process.device.type == "cuda",
+        timeout=timeout if workers else 0,
+        worker_init_fn=survival.deaf,
     )
 
 
-def eval_loader(dataset, batch_size, *, process, workers):
+def images_of(batches, epoch, i):
+    """The paths of the images of step i of an epoch, in every process, by rank; `batches` then stands there."""
+    batches.batch_sampler.set_epoch(epoch, i)
+    keys = next(iter(batches.batch_sampler))
+    return distributed.from_all([name_of(batches.dataset.dataset, index) for _, index in keys])
+
+
+def eval_loader(dataset, batch_size, *, process, workers, timeout=0):
     """This process's share of a data set in order: every image in exactly one process, the last batch kept."""
     share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
-    return DataLoader(share, batch_size, num_workers=workers, pin_memory=process.device.type == "cuda")
+    return DataLoader(
+        share,
+        batch_size,
+        num_workers=workers,
+        pin_memory=process.device.type == "cuda",
+        timeout=timeout if workers else 0,
+        worker_init_fn=survival.deaf,
+    )

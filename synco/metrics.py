@@ -1,8 +1,9 @@
 """What a run tells: averages that stay on the device, diagnostics of the negatives, TensorBoard, JSON lines."""
 
+import contextlib
+import errno
 import glob
 import json
-import math
 import os
 import platform
 import shlex
@@ -35,6 +36,46 @@ class Averages:
         self.sums, self.steps = {}, 0
         return found
 
+    def state(self, from_all):
+        """What a run that goes on from here needs, as plain values and one tensor (processes, names).
+
+        from_all: this process's value → the list of all processes' values, such as `distributed.from_all`.
+        """
+        mine = torch.stack(list(self.sums.values())).cpu() if self.sums else torch.empty(0)
+        return {"names": list(self.sums), "sums": torch.stack(from_all(mine)), "steps": self.steps}
+
+    def restore(self, state, rank, processes, device):
+        """Go on from a `state`; of another number of processes each takes their mean. Raises ValueError."""
+        try:
+            names, sums, steps = state["names"], state["sums"], state["steps"]
+            fits = sums.shape[1] == len(names) and sums.is_floating_point() and sums.isfinite().all()
+            if not fits or not isinstance(steps, int) or not all(isinstance(name, str) for name in names):
+                raise ValueError("not the averages of a run")
+            mine = sums[rank] if len(sums) == processes else sums.mean(dim=0)
+        except (TypeError, LookupError, AttributeError) as error:
+            raise ValueError("not the averages of a run") from error
+        self.sums, self.steps = dict(zip(names, mine.to(device).unbind())), steps
+
+
+class Finite:
+    """Whether losses and gradients are finite; where the first was not stays on the device until `first_bad`."""
+
+    def __init__(self, device):
+        self.first = torch.full((), -1, dtype=torch.long, device=device)
+
+    @torch.no_grad()
+    def watch(self, step, loss, parameters):
+        """After backward, in every step → whether one has not been finite so far, as a 0-dim tensor of 0 or 1."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        bad = ~(loss.detach() + norm).isfinite() & (self.first < 0)
+        self.first = torch.where(bad, step, self.first)
+        return (self.first >= 0).float()
+
+    def first_bad(self, from_all):
+        """The first step that was not finite in any process, or None. from_all: see `Averages.state`."""
+        found = [step for step in from_all(self.first.item()) if step >= 0]
+        return min(found, default=None)
+
 
 class Pace:
     """How fast an epoch goes: images a second, the share of the time spent waiting for them, and what is left."""
@@ -44,10 +85,10 @@ class Pace:
         self.waited = 0.0
         self.steps = self.images = 0
 
-    def watch(self, batches):
-        """The batches and their numbers, (0, batch), (1, batch), ..., while measuring the wait for each."""
+    def watch(self, batches, start=0):
+        """The batches and their numbers, (start, batch), (start + 1, batch), ..., while measuring each wait."""
         asked = time.perf_counter()
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(batches, start):
             self.waited += time.perf_counter() - asked
             self.steps += 1
             self.images += len(batch[0])
@@ -127,39 +168,67 @@ class Log:
 
         path = os.path.join(folder, "log.jsonl")
         if os.path.exists(path):
-            self.kept = [line for line in read_log(path) if line.get("step", math.inf) <= steps_done]
+            self.kept = [line for line in read_log(path) if line["step"] <= steps_done]
         with open(path + ".tmp", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.kept)
         os.replace(path + ".tmp", path)
-        self.lines = open(path, "a")
+        self.path, self.lines, self.waiting = path, open(path, "ab", buffering=0), b""
         self.board = SummaryWriter(folder, purge_step=steps_done + 1 if steps_done else None)
 
     def holds(self, kind, epoch):
         """Whether a line of that kind and epoch was there when the log was opened."""
-        return any(line["kind"] == kind and line["epoch"] == epoch for line in self.kept)
+        return any(line["kind"] == kind and line.get("epoch") == epoch for line in self.kept)
 
     def write(self, kind, step, **numbers):
-        """One line {"kind", "step", "time", numbers...}; all but the epoch go to TensorBoard as kind/name."""
+        """One line {"kind", "step", "time", numbers...}; all but the epoch go to TensorBoard as kind/name.
+
+        A line that cannot be written, on a full disk for instance, waits for the next; TensorBoard is then given up.
+        """
         if not self.active:
             return
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **numbers}
-        self.lines.write(json.dumps(line) + "\n")
-        self.lines.flush()
-        for name, value in numbers.items():
-            if name != "epoch":
-                self.board.add_scalar(f"{kind}/{name}", value, step)
-        self.board.flush()
+        self.waiting += json.dumps(line).encode() + b"\n"
+        self._write_waiting()
+        self._show(lambda board: [board.add_scalar(f"{kind}/{k}", v, step) for k, v in numbers.items() if k != "epoch"])
+
+    def _write_waiting(self):
+        end = os.fstat(self.lines.fileno()).st_size
+        try:
+            if self.lines.write(self.waiting) < len(self.waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.waiting = b""
+        except OSError as error:
+            os.ftruncate(self.lines.fileno(), end)  # no half lines
+            print(f"{self.path}: cannot be written ({error.strerror}); its lines wait", file=sys.stderr, flush=True)
+
+    def _show(self, add):
+        if self.board is None:
+            return
+        try:
+            add(self.board)
+            self.board.flush()
+        except OSError as error:  # its thread's, of this write or the one before
+            self.board = None
+            print(f"TensorBoard's file cannot be written ({error}); given up", file=sys.stderr, flush=True)
 
     def images(self, name, grid, step):
         """grid (3, H, W) in [0, 1] → TensorBoard."""
         if self.active:
-            self.board.add_image(name, grid, step)
+            self._show(lambda board: board.add_image(name, grid, step))
+
+    def sync(self):
+        """Flush the lines to disk: called before a checkpoint, whose run takes them for written."""
+        if self.active:
+            with contextlib.suppress(OSError):
+                os.fsync(self.lines.fileno())
 
     def close(self):
         """Flush and close both."""
         if self.active:
+            if self.waiting:
+                self._write_waiting()
             self.lines.close()
-            self.board.close()
+            self._show(lambda board: board.close())
 
 
 def log_files(folder):
@@ -169,12 +238,17 @@ def log_files(folder):
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts; an incomplete last line (a run that was killed) is left out."""
+    """The lines of a log.jsonl as dicts with a "kind" and a whole "step"; what else is in the file is left out, such
+    as the incomplete last line of a run that was killed."""
     lines = []
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         for text in file:
-            if text.endswith("\n"):
-                lines.append(json.loads(text))
+            try:
+                line = json.loads(text) if text.endswith("\n") else None
+            except (ValueError, RecursionError):
+                line = None
+            if isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 

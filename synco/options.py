@@ -11,17 +11,35 @@ class UserError(ValueError):
     """A mistake of the user's: the launcher prints its one line on stderr and exits with status 2."""
 
 
-# flags that may differ between a run and its continuation without a word
+class Failure(Exception):
+    """What ends a run through no mistake of the user's, a full disk for instance: one line on stderr, status 1."""
+
+
+# flags that may differ between a run and its continuation without a word; what follows from them is compared
 UNRELATED = set(
-    "data workers resume overwrite save_dir log_dir print_freq start_epoch deterministic "
+    "data workers resume overwrite save_dir log_dir print_freq start_epoch deterministic seed batch_size processes "
+    "save_steps save_minutes force_resume skip_bad_images worker_timeout dist_timeout peer_timeout restarted "
     "world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
 )
+# and those that --force-resume lets differ: how fast and how long it learns, not what
+FORCED = set("lr lr_backbone lr_classifier lr_min schedule cos epochs".split())
 
 
-def changed(before, args, unrelated=UNRELATED):
-    """What differs between a stored run's settings (a dict) and today's: ["lr 0.03 → 0.5", ...]."""
+def compare(before, args, path, unrelated=UNRELATED):
+    """What a continuation changes with --force-resume, compared with the stored settings: ["lr 0.03 → 0.5", ...].
+
+    before: the settings in the checkpoint `path`, {} in one that stores none. Raises UserError that lists all that
+    differs and may not.
+    """
     now = {name: value for name, value in vars(args).items() if name in before and name not in unrelated}
-    return [f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value]
+    differ = {name: f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value}
+    allowed = [name for name in differ if name in FORCED]
+    if len(allowed) == len(differ) and args.force_resume:
+        return list(differ.values())
+    if differ:
+        hint = f" (--force-resume lets {', '.join(allowed)} change)" if allowed else ""
+        raise UserError(f"{path}: is of a run with other settings: {'; '.join(differ.values())}{hint}")
+    return []
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -83,6 +101,9 @@ def add_data(parser):
     flag("-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network")
     flag("--img-size", default=224, type=number(int, 8), help="side of the square crops, in pixels")
     flag("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
+    flag(
+        "--worker-timeout", default=600, type=number(int, 0), help="seconds to wait for a batch of images; 0: for ever"
+    )
 
 
 def add_run(parser, *, epochs, batch_size, save_dir):
@@ -95,10 +116,24 @@ def add_run(parser, *, epochs, batch_size, save_dir):
     flag("--resume", default="", metavar="PATH", help="checkpoint to go on from; 'auto': the newest in --save-dir")
     beside = "" if save_dir else " (unset: a folder beside the checkpoint, named after the run)"
     flag("--save-dir", default=save_dir, metavar="FOLDER", help=f"folder for checkpoints and config.json{beside}")
+    flag("--force-resume", action="store_true", help="go on with another learning rate, schedule or number of epochs")
+    flag("--save-steps", default=0, type=number(int, 0), help="steps between saves within an epoch; 0: none")
+    flag("--save-minutes", default=0.0, type=number(float, 0), help="minutes between such saves; 0: none")
     flag("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
     flag("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
     flag(
         "--seed", type=number(int, 0, 2**32 - 1), help="of every random draw (unset: one is drawn, printed and stored)"
+    )
+
+
+def add_skipping(parser):
+    """What to do about training images that cannot be read."""
+    parser.add_argument(
+        "--skip-bad-images",
+        default=0,
+        type=number(int, 0),
+        metavar="N",
+        help="training images that cannot be read and are replaced by the next; more end the run",
     )
 
 
@@ -136,6 +171,10 @@ def add_distributed(parser):
     flag("--dist-url", metavar="URL", help="where they meet: tcp://HOST:PORT or env:// (unset: a free port here)")
     flag("--dist-backend", choices=("nccl", "gloo"), help="unset: nccl on GPUs, gloo on a CPU")
     flag("--gpu", type=number(int, 0), help="the one GPU to use")
+    flag("--dist-timeout", type=number(float, above=0), metavar="SECONDS", help="for processes to meet in a collective "
+         "(unset: torch's own)")  # fmt: skip
+    flag("--peer-timeout", default=40.0, type=number(float, 4), metavar="SECONDS", help="without a sign of life from "
+         "a process until the others end")  # fmt: skip
 
 
 def usable_cpus():

@@ -12,11 +12,11 @@ import time
 import torch
 import torch.nn as nn
 
-from synco import checkpoint, classify, distributed, loader, metrics, options
+from synco import checkpoint, classify, distributed, loader, metrics, options, survival
 from synco.builder import fitting, head_name, torchvision_network, try_images
 from synco.classify import changed_weights, frozen_weights, new_last_layer, validate
 from synco.distributed import say
-from synco.options import UserError
+from synco.options import Failure, UserError
 
 # flags that may differ between a trial and its continuation without a word; what follows from them is compared
 UNRELATED = options.UNRELATED | set(
@@ -48,8 +48,11 @@ class Trial:
         self.process, self.args, self.kind = process, args, kind
         args.save_dir = args.save_dir or default_folder(args, name)
         args.log_dir = args.log_dir or args.save_dir
-        self.path = distributed.from_rank_0(self._resume_path() if distributed.rank() == 0 else None)
-        self.saved = checkpoint.load(self.path) if self.path else None
+        if args.evaluate:
+            self.path = distributed.from_rank_0(self._evaluated_path() if distributed.rank() == 0 else None)
+            self.saved = checkpoint.load(self.path)
+        else:
+            self.path, self.saved = checkpoint.find(args, self._own_checkpoints(), self._own_results())
         before = self.saved["config"] if self.saved else {}
         if self.saved and checkpoint.is_pretraining(self.saved):
             raise UserError(f"{self.path}: is a pretraining checkpoint; --pretrained takes it")
@@ -59,26 +62,32 @@ class Trial:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
         args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, self.path, before))
         self.batch = loader.batch_each(args.batch_size, process.local_size)
-        args.global_batch = self.batch * process.world_size
-        self.start_epoch, self.best, self.last = args.start_epoch, None, None
+        args.processes, args.global_batch = process.world_size, self.batch * process.world_size
+        self.start_epoch, self.start, self.best, self.last = args.start_epoch, 0, None, None
+        self.averages = metrics.Averages()
         self.validation_seconds = 0.0
 
     def _file(self, name):
         return os.path.join(self.args.save_dir, name)
 
     def _own_checkpoints(self):
-        """This kind's checkpoints in --save-dir, the best and then the last, where they are."""
-        names = (f"model_best_{self.kind}.pth.tar", f"checkpoint_{self.kind}.pth.tar")
+        """This kind's checkpoints in --save-dir, where they are: the best, the last, and the one within an epoch.
+
+        The last one of these is where the trial goes on; each holds all that it takes.
+        """
+        names = (f"model_best_{self.kind}.pth.tar", f"checkpoint_{self.kind}.pth.tar", self._within())
         return [path for path in map(self._file, names) if os.path.exists(path)]
+
+    def _within(self):
+        """The name of the checkpoint within an epoch, which is there until that epoch's own is written."""
+        return f"checkpoint_{self.kind}_step.pth.tar"
 
     def _own_results(self):
         return [self._file(name) for name in RESULTS]
 
-    def _resume_path(self):
-        """The classifier to go on from or to validate, or None; refuses a --save-dir that holds another run."""
+    def _evaluated_path(self):
+        """The classifier to validate; refuses a --save-dir that holds another run."""
         args, mine = self.args, self._own_checkpoints()
-        if not args.evaluate:
-            return checkpoint.resume_path(args, mine, self._own_results())
         if args.resume == "auto" and not mine:
             raise UserError(f"-e --resume auto: {args.save_dir} holds no classifier")
         path = mine[0] if args.resume == "auto" else args.resume
@@ -94,7 +103,8 @@ class Trial:
     def read_images(self, choose=None):
         """Find the images. choose: takes the training folder and returns the part of it to train on."""
         args, process = self.args, self.process
-        workers = loader.workers_each(args.workers, process.local_size)
+        load = {"process": process, "workers": loader.workers_each(args.workers, process.local_size)}
+        load["timeout"] = args.worker_timeout
         val = loader.image_folder(args.data, "val")
         args.classes, args.val_images = val.classes, len(val)
         shown = {"val": val}
@@ -102,10 +112,10 @@ class Trial:
             train = loader.image_folder(args.data, "train")
             loader.same_classes(train, val, args.data)
             train = choose(train) if choose else train
-            views = loader.Augmented(train, loader.classifier_augmentation(args.img_size), args.seed)
-            self.batches = loader.train_loader(
-                views, self.batch, process=process, workers=workers, seed=args.seed, keep_last=True
-            )
+            known = checkpoint.skipped(self.saved, self.path)
+            self.reader = loader.Reader(train, args.skip_bad_images, known)
+            views = loader.Augmented(self.reader, loader.classifier_augmentation(args.img_size), args.seed)
+            self.batches = loader.train_loader(views, self.batch, seed=args.seed, keep_last=True, **load)
             self.train_images, self.steps = train, len(self.batches)
             args.train_images = len(train)
             if args.eval_train:
@@ -113,7 +123,8 @@ class Trial:
         self.shown = {}
         for name, images in shown.items():
             images.transform = loader.center_view(args.img_size)
-            self.shown[name] = loader.eval_loader(images, self.batch, process=process, workers=workers)
+            images = loader.Readable(images, self.reader) if name == "train" else images
+            self.shown[name] = loader.eval_loader(images, self.batch, **load)
 
     def make_network(self):
         """The network with --pretrained's backbone and a new last layer, fc ~ N(0, 0.01²) with bias 0, on its device.
@@ -165,10 +176,12 @@ class Trial:
         args, rank = self.args, self.process.rank
         backbone = [w for name, w in self.network.named_parameters() if not name.startswith(self.head + ".")]
         tuned = any(w.requires_grad for w in backbone)
+        changed = []
+        before = self.saved["config"] if self.saved else {}
         if self.saved:
             self._load_classifier()
             if not args.evaluate:
-                self._resume(optimizer)
+                changed = self._resume(optimizer)
         self.frozen = {} if tuned or args.evaluate else frozen_weights(self.network, self.head)
         for name in self.frozen.keys() & self.loaded.keys():  # what the file says, and not what was made of it
             self.frozen[name] = self.loaded[name].to(self.frozen[name])
@@ -197,19 +210,22 @@ class Trial:
             self._bring_along()
             metrics.tell(facts)
             if self.path:
-                metrics.tell({"resumed": f"{self.path}, {self.start_epoch} epochs done"})
+                checkpoint.tell_resumed(self.path, (self.start_epoch, self.start), self.process, before, changed)
             if self.start_epoch < args.epochs:
                 metrics.write_json(self._file("config.json"), vars(args) | facts | metrics.origin())
         self.saved = None  # its memory
-        self.log = metrics.Log(args.log_dir, steps_done=self.start_epoch * self.steps, active=rank == 0)
+        done = self.start_epoch * self.steps + self.start
+        self.log = metrics.Log(args.log_dir, steps_done=done, active=rank == 0)
+        self.saves = survival.Saves(args.save_steps, args.save_minutes, args.dist_timeout)
 
     def _bring_along(self):
         """A trial that goes on in another folder takes its best and last checkpoint and its tables along."""
         if not self.path or self._own_checkpoints():
             return
-        beside = [f"model_best_{self.kind}.pth.tar", *RESULTS]
+        last = f"checkpoint_{self.kind}.pth.tar"
+        beside = [f"model_best_{self.kind}.pth.tar", *RESULTS] + [last] * bool(self.start)
         pairs = [(os.path.join(os.path.dirname(self.path), name), self._file(name)) for name in beside]
-        pairs.append((self.path, self._file(f"checkpoint_{self.kind}.pth.tar")))  # at the end: it marks a run
+        pairs.append((self.path, self._file(self._within() if self.start else last)))  # at the end: it marks a run
         for old, new in pairs:
             if os.path.exists(old):
                 with open(old, "rb") as source, checkpoint.whole(new) as target:
@@ -240,7 +256,10 @@ class Trial:
                 )
 
     def _resume(self, optimizer):
-        """The rest of a saved trial: epoch, optimiser, best and last result. Refuses another trial's settings."""
+        """The rest of a saved trial: position, optimiser, best and last result. Refuses another trial's settings.
+
+        Returns what --force-resume has let change, in words.
+        """
         args, saved, path = self.args, self.saved, self.path
         missing = [key for key in ("epoch", "best_acc1", "optimizer") if key not in saved]
         if missing:
@@ -256,21 +275,27 @@ class Trial:
         config = saved["config"]
         if config and config.get("checkpoint_sha256") != args.checkpoint_sha256:
             raise UserError(f"{path}: started from {config.get('pretrained')}, which is not --pretrained's file")
-        changed = options.changed(config, args, UNRELATED)
-        if changed:
-            raise UserError(f"{path}: is of a run with other settings: {'; '.join(changed)}")
+        changed = options.compare(config, args, path, UNRELATED)
         try:  # the reference's files hold the best accuracy alone
             known = {"top1": float(saved["best_acc1"]), "top5": None, "epoch": None}
-            self.best, self.last = (dict(saved.get(name, known)) for name in ("best", "last"))
+            results = (saved.get(name, known) for name in ("best", "last"))
+            self.best, self.last = (None if found is None else dict(found) for found in results)  # None: no epoch yet
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: its best_acc1 is {saved['best_acc1']!r}, not a number") from error
+        self.start = checkpoint.position(saved, path, self.steps)
+        if saved["epoch"] == args.epochs and self.start:
+            raise UserError(f"{path}: holds more than {args.epochs} epochs, and --epochs is {args.epochs}")
+        checkpoint.check_values(checkpoint.unprefixed(saved["state_dict"]), path, self.network.state_dict())
         checkpoint.load_optimizer(saved, path, optimizer)
+        checkpoint.resume_averages(saved, path, self.averages, self.process)
         self.start_epoch = saved["epoch"]
+        return changed
 
-    def train(self, learner, optimizer, epoch):
-        """One epoch, see `classify.train`."""
+    def train(self, learner, optimizer, epoch, **more):
+        """One epoch, or what is left of it, see `classify.train`. more: other keys of a checkpoint within it."""
         process, args = self.process, self.args
         rates = dict(zip(("lr", "lr_backbone"), (group["lr"] for group in optimizer.param_groups)))
+        told = ", ".join(f"{name} {lr:g}" for name, lr in rates.items())
 
         def report(i, numbers, pace):
             ahead, validations = (args.epochs - epoch) * self.steps - i - 1, args.epochs - epoch
@@ -282,17 +307,63 @@ class Trial:
             )
             self.log.write("train", epoch * self.steps + i + 1, epoch=epoch, **numbers, **rates)
 
-        try:
+        def check_finite(i, finite):
+            checkpoint.check_finite(finite, self.batches, epoch, i, told, self._own_checkpoints(), args.save_dir)
+
+        def after_step(i, finite):
+            due = self.saves.after(epoch * self.steps + i + 1, news=self.reader.news())
+            if due.news:
+                self.reader.exchange()
+            if due.save:
+                check_finite(i, finite)
+                self._save(optimizer, epoch, i + 1, self._within(), stop=due.stop, **more)
+                if due.stop:
+                    self._stop(self._within(), epoch * self.steps + i + 1)
+
+        with self.reader.watched():
             classify.train(
                 learner, self.batches, optimizer, epoch,
-                process=process, seed=args.seed, print_freq=args.print_freq, report=report,
+                process=process, seed=args.seed, print_freq=args.print_freq, averages=self.averages, report=report,
+                check_finite=check_finite, after_step=after_step, start=self.start if epoch == self.start_epoch else 0,
             )  # fmt: skip
-        except FloatingPointError as error:
-            saved = self._own_checkpoints()
-            told = ", ".join(f"{name} {lr:g}" for name, lr in rates.items())
-            raise FloatingPointError(
-                f"{error} ({told}); last good checkpoint: {saved[-1] if saved else 'none'}"
-            ) from error
+
+    def _save(self, optimizer, epoch, within, name, *, stop=False, **more):
+        """Write a checkpoint of so many whole epochs and steps of the next. more: other keys.
+
+        stop: the trial ends with it, or not as if all were well.
+        """
+        state, problem = self.averages.state(distributed.from_all), ""
+        if self.process.rank == 0:
+            self.log.sync()
+            content = {
+                "epoch": epoch,
+                "arch": self.args.arch,
+                "state_dict": checkpoint.prefixed(self.network),
+                "best_acc1": self.best["top1"] if self.best else 0.0,
+                "optimizer": optimizer.state_dict(),
+                "best": self.best,
+                "last": self.last,
+                "step": epoch * self.steps + within,
+                "steps_per_epoch": self.steps,
+                "averages": state,
+                "skipped": sorted(self.reader.known),
+                "config": vars(self.args),
+                **more,
+            }
+            problem = checkpoint.try_to_save(content, self._file(name))
+        self.saves.done()
+        if stop:
+            problem = distributed.from_rank_0(problem)
+            if problem:
+                raise Failure(problem)
+        return not problem
+
+    def _stop(self, name, step):
+        """Leave, because the trial was told to and has saved."""
+        if self.process.rank == 0:
+            checkpoint.leave_marker(self.args, survival.warned(), step, name)
+        self.saves.together()
+        raise survival.Preempted(f"Told to stop: {self._file(name)} holds {step} steps.")
 
     def check_frozen(self):
         """Raise RuntimeError unless the backbone, running statistics included, is what it was, bit for bit."""
@@ -313,23 +384,21 @@ class Trial:
         if better:
             self.best = self.last
         say(f"Epoch {epoch} {describe(results)}  (best {self.best['top1']:.2f} %{after(self.best)})")
-        if self.process.rank:
-            return
-        content = {
-            "epoch": done,
-            "arch": args.arch,
-            "state_dict": checkpoint.prefixed(self.network),
-            "best_acc1": self.best["top1"],
-            "optimizer": optimizer.state_dict(),
-            "best": self.best,
-            "last": self.last,
-            "config": vars(args),
-            **more,
-        }
+        last, stop = f"checkpoint_{self.kind}.pth.tar", self.saves.after(done * self.steps, at_once=True).stop
         if better:  # first, so that a run which is stopped in between writes it again
-            checkpoint.save(content, self._file(f"model_best_{self.kind}.pth.tar"))
-            self._write_tables(results["val"][1])
-        checkpoint.save(content, self._file(f"checkpoint_{self.kind}.pth.tar"))
+            written = self._save(
+                optimizer, done, 0, f"model_best_{self.kind}.pth.tar", stop=done == args.epochs, **more
+            )
+            if written and self.process.rank == 0:
+                try:
+                    self._write_tables(results["val"][1])
+                except OSError as error:
+                    distributed.warn(f"{args.save_dir}: the tables cannot be written ({error.strerror})")
+        written = self._save(optimizer, done, 0, last, stop=stop or done == args.epochs, **more)
+        if written and self.process.rank == 0 and os.path.exists(self._file(self._within())):
+            os.remove(self._file(self._within()))
+        if stop and not final:
+            self._stop(last, done * self.steps)
 
     def _validate(self):
         """{"val": ..., and with --eval-train "train": ...}, from `validate`."""
@@ -356,9 +425,13 @@ class Trial:
     def finish(self):
         """Write result.json, the best epoch's numbers, unless a finished trial was called again, and say them."""
         self.log.close()
+        self.reader.tell()
         best, last, path = self.best, self.last, self._file("result.json")
         if self.process.rank == 0 and not (os.path.exists(path) and self.start_epoch == self.args.epochs):
-            self._write_results(best | {"last": last}, self.pretrained, self.args.checkpoint_sha256)
+            try:
+                self._write_results(best | {"last": last}, self.pretrained, self.args.checkpoint_sha256)
+            except OSError as error:
+                raise Failure(f"{path}: cannot be written ({error.strerror}); the checkpoints are whole") from error
         top5 = f" (top-5 {best['top5']:.2f} %)" if best["top5"] is not None else ""
         say(
             f"Done. Best top-1 {best['top1']:.2f} %{top5}{after(best)}, {last['top1']:.2f} % after all "

@@ -267,7 +267,7 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd, real=os.fsync: (order.append("fsync"), real(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b, real=os.replace: (order.append("replace"), real(a, b)))
     checkpoint.save({"state_dict": {"w": torch.zeros(3)}}, path)
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
 
 
 def test_saving_makes_an_ordinary_file_and_leaves_others_alone(tmp_path):

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, command, free_port, make_images
+from conftest import ARCH, SMALL, command, free_port, make_images
 
 import main_synco
 from synco import checkpoint, metrics
@@ -143,7 +143,9 @@ def test_resume_from_a_path_and_of_a_finished_run(undisturbed, data, tmp_path, p
     status, out, _ = program(*SMALL, "--resume", "auto", "--save-dir", tmp_path / "r", data)
     assert status == 0 and "2 epochs done" in out and "Epoch" not in out
     assert (tmp_path / "r" / "checkpoint_0001.pth.tar").read_bytes() == before
-    status, out, _ = program(*SMALL, "--resume", "auto", "--lr", 0.5, "--epochs", 3, "--save-dir", tmp_path / "r", data)
+    flags = [*SMALL, "--resume", "auto", "--lr", 0.5, "--epochs", 3, "--save-dir", tmp_path / "r", data]
+    refused(program(*flags), "settings: epochs 2 → 3; lr 0.03 → 0.5 (--force-resume lets epochs, lr change)")
+    status, out, _ = program(*flags, "--force-resume")
     assert status == 0 and "changed            epochs 2 → 3; lr 0.03 → 0.5" in out
 
 
@@ -235,7 +237,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, program):
     flags = [*SMALL, "--lr", 1e30, "-p", 1, "--save-dir", tmp_path / "r", data]
     status, _, err = program(*flags)
     assert status == 1 and err.count("\n") == 1
-    assert re.search(r"error: the loss is nan between steps \d and \d of epoch 0 \(lr 1e\+30\).*: none", err)
+    pattern = (
+        r"error: the loss or its gradient is not finite from step 1 of epoch 0 on \(lr 1e\+30; noticed at step 1\)"
+    )
+    assert re.search(rf"{pattern}; its images: {tmp_path}/r/nonfinite.json; last good checkpoint: none$", err)
     assert checkpoint.numbered(str(tmp_path / "r")) == []
 
 
@@ -335,13 +340,16 @@ def test_bad_checkpoints(undisturbed, data, tmp_path, program):
     torch.save({"weights": [1, 2]}, foreign)
     refused(program(*flags, "--resume", cut), "cut.pth.tar: not a whole checkpoint file", tmp_path / "r")
     refused(program(*flags, "--resume", foreign), "foreign.pth.tar: not a checkpoint", tmp_path / "r")
-    message = "good.pth.tar: is a checkpoint of 'shufflenet_v2_x0_5'; --arch is 'resnet18'"
-    refused(program(*flags, "--resume", good, "-a", "resnet18"), message, tmp_path / "r")
+    message = f"good.pth.tar: is of a run with other settings: arch {ARCH} → resnet18; moco_k 64 → 32\n"
+    refused(program(*flags, "--resume", good, "-a", "resnet18", "--moco-k", 32), message, tmp_path / "r")
+    torch.save({**checkpoint.load(str(good)), "config": {}}, foreign)  # as the published ones, which store no settings
+    message = f"foreign.pth.tar: is a checkpoint of '{ARCH}'; --arch is 'resnet18'"
+    refused(program(*flags, "--resume", foreign, "-a", "resnet18"), message, tmp_path / "r")
     message = "of another shape: queue ((64, 16) where (32, 16) is wanted)"
-    refused(program(*flags, "--resume", good, "--moco-k", 32), message, tmp_path / "r")
+    refused(program(*flags, "--resume", foreign, "--moco-k", 32), message, tmp_path / "r")
     message = f"--seed 4: {good} was run with seed 3"
     refused(program(*flags, "--resume", good, "--seed", 4), message, tmp_path / "r")
-    torch.save({**checkpoint.load(str(good)), "epoch": 9}, good)
+    torch.save({**checkpoint.load(str(good)), "epoch": 9, "step": 27}, good)
     refused(program(*flags, "--resume", good), "holds 9 epochs and --epochs is 2", tmp_path / "r")
 
 
