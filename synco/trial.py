@@ -384,17 +384,16 @@ class Trial:
         if better:
             self.best = self.last
         say(f"Epoch {epoch} {describe(results)}  (best {self.best['top1']:.2f} %{after(self.best)})")
-        last, stop = f"checkpoint_{self.kind}.pth.tar", self.saves.after(done * self.steps, at_once=True).stop
+        last, final = f"checkpoint_{self.kind}.pth.tar", done == args.epochs
+        stop = self.saves.after(done * self.steps, at_once=True).stop
         if better:  # first, so that a run which is stopped in between writes it again
-            written = self._save(
-                optimizer, done, 0, f"model_best_{self.kind}.pth.tar", stop=done == args.epochs, **more
-            )
+            written = self._save(optimizer, done, 0, f"model_best_{self.kind}.pth.tar", stop=final, **more)
             if written and self.process.rank == 0:
                 try:
                     self._write_tables(results["val"][1])
                 except OSError as error:
                     distributed.warn(f"{args.save_dir}: the tables cannot be written ({error.strerror})")
-        written = self._save(optimizer, done, 0, last, stop=stop or done == args.epochs, **more)
+        written = self._save(optimizer, done, 0, last, stop=stop or final, **more)
         if written and self.process.rank == 0 and os.path.exists(self._file(self._within())):
             os.remove(self._file(self._within()))
         if stop and not final:
