@@ -268,6 +268,17 @@ def resume(checkpoint, path, model, optimizer, arch):
     return checkpoint["epoch"]
 
 
+def resume_index(checkpoint, path, queue_index):
+    """Put a checkpoint's `queue_index`, the images' numbers of the queue's rows, into the model's, both (K,).
+
+    Raises UserError if there is none, or one of another shape.
+    """
+    found = checkpoint.get("queue_index")
+    if not isinstance(found, torch.Tensor) or found.dtype != torch.int64 or found.shape != queue_index.shape:
+        raise UserError(f"{path}: --mask-same-image: it does not say of which images its {len(queue_index)} rows are")
+    queue_index.copy_(found)
+
+
 def check_epoch(checkpoint, path):
     """Raise UserError unless its epoch is a number of epochs done."""
     if not isinstance(checkpoint["epoch"], int) or checkpoint["epoch"] < 0:
@@ -275,18 +286,17 @@ def check_epoch(checkpoint, path):
 
 
 def position(checkpoint, path, steps):
-    """How many steps of the epoch that follows its whole epochs a checkpoint has done: 0..steps, of `steps` an epoch.
-
-    0 in one that does not say: MoCo's and SynCo's own are of whole epochs. Raises UserError if it makes no sense here.
-    """
+    """How many steps a run has done, of `steps` an epoch; one that does not say stopped after a whole epoch, as MoCo's
+    and SynCo's own do. Raises UserError if it makes no sense here."""
+    epoch = checkpoint["epoch"]
     if "steps_per_epoch" not in checkpoint:
-        return 0
-    epoch, step, per = (checkpoint.get(name) for name in ("epoch", "step", "steps_per_epoch"))
-    if not all(isinstance(x, int) for x in (epoch, step, per)) or not 0 <= step - epoch * per <= per:
+        return epoch * steps
+    step, per = checkpoint.get("step"), checkpoint["steps_per_epoch"]
+    if not all(isinstance(x, int) for x in (step, per)) or not (epoch - 1) * per < step <= (epoch + 1) * per:
         raise UserError(f"{path}: its step is {step!r} after {epoch!r} epochs of {per!r} steps")
-    if step > epoch * per and per != steps:
+    if step % per and per != steps:
         raise UserError(f"{path}: was stopped within an epoch of {per} steps; here an epoch has {steps}")
-    return step - epoch * per
+    return step + epoch * (steps - per)
 
 
 def resume_averages(checkpoint, path, averages, process):

@@ -51,7 +51,7 @@ def train(
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
-        bad = finite.watch(i, loss, parameters)
+        bad = finite.watch(i, loss, metrics.gradient_norm(parameters))
         optimizer.step()
 
         right = 100.0 * (metrics.ranked(logits) == labels[:, None])  # (N, 5)

@@ -64,9 +64,8 @@ class Finite:
         self.first = torch.full((), -1, dtype=torch.long, device=device)
 
     @torch.no_grad()
-    def watch(self, step, loss, parameters):
-        """After backward, in every step → whether one has not been finite so far, as a 0-dim tensor of 0 or 1."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    def watch(self, step, loss, norm):
+        """In every step; norm: the gradient's → whether one has not been finite so far, a 0-dim tensor of 0 or 1."""
         bad = ~(loss.detach() + norm).isfinite() & (self.first < 0)
         self.first = torch.where(bad, step, self.first)
         return (self.first >= 0).float()
@@ -75,6 +74,11 @@ class Finite:
         """The first step that was not finite in any process, or None. from_all: see `Averages.state`."""
         found = [step for step in from_all(self.first.item()) if step >= 0]
         return min(found, default=None)
+
+
+def gradient_norm(parameters):
+    """The Euclidean norm of all gradients together, as a 0-dim tensor."""
+    return torch.nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
 
 
 class Pace:
@@ -133,7 +137,8 @@ def ranked(logits):
 def hardness(logits, counts, *, K, T, n_hard):
     """How hard the negatives are, by kind.
 
-    logits (N, 1 + K + S): positive, queue, synthetic negatives, divided by T; counts: {type name: negatives a query}.
+    logits (N, 1 + K + S): positive, queue (-inf where a row is masked), synthetic negatives, divided by T;
+    counts: {type name: negatives a query}.
     Returns {name: (mean similarity to the query, share of the softmax mass)}, 0-dim tensors, for "positive", "queue",
     "hardest" (the n_hard hardest queue rows, or all if there are fewer), and each type with a count > 0.
     """
@@ -141,8 +146,8 @@ def hardness(logits, counts, *, K, T, n_hard):
     top, where = logits[:, 1 : 1 + K].topk(min(n_hard, K), dim=1)
     found = {
         "positive": (logits[:, 0].mean() * T, mass[:, 0].mean()),
-        "queue": (logits[:, 1 : 1 + K].mean() * T, mass[:, 1 : 1 + K].sum(dim=1).mean()),
-        "hardest": (top.mean() * T, mass.gather(1, 1 + where).sum(dim=1).mean()),
+        "queue": (_unmasked_mean(logits[:, 1 : 1 + K]) * T, mass[:, 1 : 1 + K].sum(dim=1).mean()),
+        "hardest": (_unmasked_mean(top) * T, mass.gather(1, 1 + where).sum(dim=1).mean()),
     }
     start = 1 + K
     for name, count in counts.items():
@@ -151,6 +156,11 @@ def hardness(logits, counts, *, K, T, n_hard):
             found[name] = (logits[:, part].mean() * T, mass[:, part].sum(dim=1).mean())
             start += count
     return found
+
+
+def _unmasked_mean(logits):
+    masked = logits == -torch.inf
+    return logits.masked_fill(masked, 0).sum() / (~masked).sum()
 
 
 class Log:

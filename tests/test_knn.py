@@ -11,7 +11,7 @@ import torchvision
 from conftest import ARCH, make_images, processes
 from torch.utils.data import TensorDataset
 
-from synco import knn, loader
+from synco import datasets, knn, loader
 from synco.distributed import Process
 
 
@@ -60,7 +60,7 @@ def sets():
 def _accuracy(rank, world_size):
     parts = [loader.eval_loader(s, 4, process=Process(rank, world_size), workers=0) for s in sets()]
     net = network(rank)
-    found = knn.accuracy(net, "fc", *parts, torch.device("cpu"), classes=3, k=5)
+    found = knn.accuracy(net, "fc", *parts, torch.device("cpu"), classes=3, k=5)["top1"]
     return found, net.training
 
 
@@ -76,11 +76,42 @@ def test_accuracy_is_that_of_a_plain_loop_whatever_the_number_of_processes():
     assert processes(3, _accuracy, 3) == [expected] * 3
 
 
+def _both(rank, world_size):
+    """Everything that `accuracy` finds, with a bank whose shares differ."""
+    parts = [loader.eval_loader(s, 4, process=Process(rank, world_size), workers=0) for s in sets()]
+    return knn.accuracy(network(0), "fc", *parts, torch.device("cpu"), classes=3, k=5, train=True)
+
+
+def test_projection_and_training_images_equal_a_plain_loop():
+    """Each training image is voted by the others; one that voted for itself would always win at k = 1."""
+    bank, queries = sets()
+    net, expected = network(0).eval(), {}
+    with torch.no_grad():
+        for suffix, encode in (("", net.body), ("_projection", net)):
+            rows, asked = (F.normalize(encode(s.tensors[0]), dim=1).double().numpy() for s in (bank, queries))
+            labels = bank.tensors[1].numpy()
+            hits = [by_loop(rows, labels, q, 5, 0.1, 3) == int(c) for q, c in zip(asked, queries.tensors[1])]
+            expected["top1" + suffix] = 100 * np.mean(hits)
+            others = [np.arange(41) != i for i in range(41)]
+            hits = [by_loop(rows[o], labels[o], rows[i], 5, 0.1, 3) == labels[i] for i, o in enumerate(others)]
+            expected["train_top1" + suffix] = 100 * np.mean(hits)
+    assert _both(0, 1) == pytest.approx(expected)
+    assert processes(3, _both, 3) == [pytest.approx(expected)] * 3
+
+
+def test_no_image_votes_for_itself():
+    bank = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]))
+    labels, own = torch.tensor([0, 1, 1, 0]), torch.arange(4)
+    assert knn.predict(bank, labels, bank, classes=2, k=1).tolist() == [0, 1, 1, 0]
+    assert knn.predict(bank, labels, bank, classes=2, k=1, own=own).tolist() == [1, 0, 0, 1]
+    assert knn.predict(bank, labels, bank, classes=2, k=9, own=own).shape == (4,)
+
+
 def _tiny(rank):
     bank = TensorDataset(torch.eye(6), torch.arange(6) % 3)
     queries = TensorDataset(torch.eye(6)[:2], torch.arange(2))
     parts = [loader.eval_loader(s, 4, process=Process(rank, 3), workers=0) for s in (bank, queries)]
-    return knn.accuracy(network(0), "fc", *parts, torch.device("cpu"), classes=3, k=1)
+    return knn.accuracy(network(0), "fc", *parts, torch.device("cpu"), classes=3, k=1)["top1"]
 
 
 def test_a_process_may_have_no_images_at_all():
@@ -102,7 +133,7 @@ def test_the_command_line(programs, data, tmp_path):
     torch.manual_seed(7)
     net = torchvision.models.get_model(ARCH)
     net.fc = nn.Identity()
-    images = loader.image_folder(data, "train")
+    images = datasets.image_folder(data, "train")
     images.transform = loader.center_view(32)
     with torch.no_grad():  # statistics of these images, without which an untrained network's features are all alike
         for _ in range(30):
@@ -113,7 +144,7 @@ def test_the_command_line(programs, data, tmp_path):
     pretrained = tmp_path / "ours.pth.tar"
     sets = []
     for split in ("train", "val"):
-        images = loader.image_folder(data, split)
+        images = datasets.image_folder(data, split)
         images.transform = loader.center_view(32)
         with torch.no_grad():
             rows = [(F.normalize(net(x[None]).double(), dim=1)[0].numpy(), label) for x, label in images]
