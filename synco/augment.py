@@ -14,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 from torchvision import transforms
-from torchvision.transforms import functional as F
+from torchvision.transforms.v2 import functional as F
 
 from synco import loader
 from synco.distributed import to_device
@@ -31,7 +31,8 @@ def read(path):
     """
     try:
         with Image.open(path) as image:  # reads the header only, and refuses monstrous sizes
-            if image.format != "JPEG":
+            # the decoder is deprecated since torchvision 0.29: PIL does as well, at 0.9 of the speed
+            if image.format != "JPEG" or not hasattr(torchvision.io, "decode_jpeg"):
                 return to_uint8(loader.read_image(path))
         return torchvision.io.decode_jpeg(torchvision.io.read_file(path), mode=torchvision.io.ImageReadMode.RGB)
     # PIL's word decides whether the file is good, and which is its fault
@@ -57,7 +58,7 @@ class Crop:
     def __call__(self, image):
         image, crop = to_uint8(image), self.crop
         box = crop.get_params(image, crop.scale, crop.ratio)
-        view = F.resized_crop(image, *box, crop.size, crop.interpolation, antialias=True)
+        view = F.resized_crop(image, *box, crop.size, crop.interpolation, antialias=True)  # v2's, which stays in uint8
         return view, torch.tensor([number for step in self.steps for number in step.draw()])
 
 
