@@ -23,7 +23,7 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from synco import augment, distributed, loader  # noqa: E402
+from synco import augment, datasets, distributed, loader, options  # noqa: E402
 from synco.options import Parser, UserError, number  # noqa: E402
 
 
@@ -77,17 +77,15 @@ def main(args):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder, split = os.path.split(os.path.abspath(args.folder))
-    pil = loader.image_folder(folder, split)
-    paths = [path for path, _ in pil.samples]
+    pil = datasets.image_folder(folder, split)
+    paths = [pil.file(i) for i in range(len(pil))]
     chosen = random.Random(0).sample(range(len(paths)), min(args.images, len(paths)))
     parts = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
 
-    augmentation = loader.augmentation(args.img_size, plus=True)
-    raw = loader.image_folder(folder, split)
-    raw.loader = augment.read
+    augmentation = loader.augmentation(args.img_size)
     pairs = {
         "cpu": loader.TwoCrops(pil, augmentation, seed=0),
-        "device": loader.TwoCrops(raw, augment.Crop(augmentation), seed=0),
+        "device": loader.TwoCrops(pil.raw(), augment.Crop(augmentation), seed=0),
     }
     collated = {
         mode: lambda part, pairs=pairs: default_collate([pairs[0, i] for i in part]) for mode, pairs in pairs.items()
@@ -106,7 +104,7 @@ def main(args):
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     finish = augment.Finish(augmentation, device)
-    std = torch.tensor(loader.IMAGENET_STD, device=device).view(3, 1, 1)
+    std = torch.tensor(options.STATS["imagenet"][1], device=device).view(3, 1, 1)
     apart, seconds = [], []
     for part in parts:
         (crops, parameters), _, _ = collated["device"](part)

@@ -8,9 +8,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from synco import augment, loader
+from synco import augment, datasets, loader
 from synco.distributed import Process, seed_of
-from synco.options import UserError
+from synco.options import STATS, UserError
 from tests.conftest import make_images
 
 HALF_STEP = 0.5 / 255
@@ -107,12 +107,12 @@ def smooth(seed, size=(90, 70)):
     return Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
 
 
-@pytest.mark.parametrize("plus, size", [(True, 64), (True, 32), (False, 40)])
-def test_a_view_is_the_pil_pipelines_view_but_for_rounding(plus, size):
+@pytest.mark.parametrize("kind, size", [("v2", 64), ("v2", 32), ("v1", 40)])
+def test_a_view_is_the_pil_pipelines_view_but_for_rounding(kind, size):
     """Equal draws: one other crop, flip, factor or deviation would show at once."""
-    pil = loader.augmentation(size, plus)
+    pil = loader.augmentation(size, kind)
     crop, finish = augment.Crop(pil), augment.Finish(pil, torch.device("cpu"))
-    std = torch.tensor(loader.IMAGENET_STD).view(3, 1, 1)
+    std = torch.tensor(STATS["imagenet"][1]).view(3, 1, 1)
     for seed in range(30):
         image = smooth(seed)
         torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def test_a_view_is_the_pil_pipelines_view_but_for_rounding(plus, size):
 
 def test_parameters_are_spread_as_in_the_recipe():
     """Frequencies within four standard deviations, means and ends of the ranges."""
-    crop = augment.Crop(loader.augmentation(64, True))
+    crop = augment.Crop(loader.augmentation(64))
     torch.manual_seed(0)
     image, count = torch.zeros(3, 8, 8, dtype=torch.uint8), 3000
     found = torch.stack([crop(image)[1] for _ in range(count)])
@@ -155,13 +155,12 @@ def test_parameters_are_spread_as_in_the_recipe():
 @pytest.fixture
 def crops(tmp_path):
     make_images(tmp_path / "train", classes=3, images=5)
-    images = loader.image_folder(str(tmp_path), "train")
-    images.loader = augment.read
-    return loader.TwoCrops(images, augment.Crop(loader.augmentation(24, True, blur=True)), seed=9)
+    images = datasets.image_folder(str(tmp_path), "train").raw()
+    return loader.TwoCrops(images, augment.Crop(loader.augmentation(24, blur=True)), seed=9)
 
 
 def test_views_do_not_depend_on_workers_and_batch(crops):
-    finish = augment.Finish(loader.augmentation(24, True, blur=True), torch.device("cpu"))
+    finish = augment.Finish(loader.augmentation(24, blur=True), torch.device("cpu"))
     found = []
     for workers, size in ((0, 4), (2, 4), (1, 6)):
         batches = augment.Finished(loader.train_loader(crops, size, process=Process(), workers=workers, seed=9), finish)
@@ -212,7 +211,7 @@ def test_damaged_files_are_named(tmp_path, damage):
 
 
 def test_what_the_device_cannot_do_is_named():
-    heavy = transforms.Compose([transforms.RandomResizedCrop(32), transforms.RandAugment(), loader.to_tensor()])
+    heavy = loader.augmentation(32, "heavy")
     with pytest.raises(UserError, match="--augment-on device cannot do RandAugment; leave it to --augment-on cpu"):
         augment.Crop(heavy)
     with pytest.raises(UserError, match="begins with CenterCrop, not with a crop"):
