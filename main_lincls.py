@@ -29,6 +29,7 @@ def parse():
     options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
     options.add_classifier(parser)
     options.add_distributed(parser)
+    options.add_speed(parser)
     flag = parser.add_argument
     flag("--lr", "--learning-rate", default=30.0, type=number(float, 0), help="learning rate")
     flag("--schedule", default=[60, 80], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")

@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from synco import checkpoint, datasets, distributed, knn, loader, metrics, options
+from synco import augment, checkpoint, datasets, distributed, knn, loader, metrics, options
 from synco.builder import SynCo, fitting, network_of, try_images
 from synco.distributed import say
 from synco.negatives import TYPES
 from synco.options import UserError, number
+from synco.precision import Precision, compile_encoders
 
 BEST = "model_best_knn.pth.tar"
 # flags that may differ between a run and its continuation without a word
@@ -41,6 +42,7 @@ def parse():
     options.add_data(parser)
     options.add_run(parser, epochs=200, batch_size=256, save_dir="./", steps=True)
     options.add_distributed(parser)
+    options.add_speed(parser)
     flag = parser.add_argument
     flag("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
     flag("--schedule", default=[120, 160], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
@@ -56,6 +58,13 @@ def parse():
     flag("--aug-heavy", action="store_true", help="RandAugment and random erasing, in place of MoCo's augmentation")
     flag("--blur", action="store_true", help="with --aug-plus, --aug-heavy: blur crops below 64 pixels too")
     flag("--crop-scale", type=options.pair(0, 1), metavar="MIN,MAX", help="area of a crop (unset: 0.2,1; heavy: 0.5,1)")
+    flag(
+        "--augment-on",
+        default="cpu",
+        choices=("cpu", "device"),
+        help="device: workers only decode, crop and resize; the rest is done in batches, on the GPU",
+    )
+    flag("--compile", action="store_true", help="compile the encoders with torch.compile")
     flag("--save-freq", default=1, type=number(int, 1), help="epochs between checkpoints; the last is always written")
     flag("--keep", default=0, type=number(int, 0), help="how many numbered checkpoints stay; 0: all")
     flag("--knn-freq", default=0, type=number(int, 0), help="epochs between kNN evaluations, train vs. val; 0: none")
@@ -99,6 +108,8 @@ def parse():
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
     if args.aug_plus and args.aug_heavy:
         raise UserError("--aug-plus and --aug-heavy contradict each other")
+    if args.augment_on == "device" and args.aug_heavy:
+        raise UserError("--augment-on device cannot do --aug-heavy's RandAugment; leave one of the two out")
     for name in ("knn_train", "save_best"):
         if getattr(args, name) and not args.knn_freq:
             raise UserError(f"--{name.replace('_', '-')} goes with --knn-freq N")
@@ -117,6 +128,7 @@ def run(process, args):
     args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, path, before))
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
 
+    precision = Precision(device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
     batch = batch_of_each(args, process)
     datasets.fetch(args, process)
     batches, monitor, classes = load_data(args, process, batch)
@@ -124,12 +136,14 @@ def run(process, args):
     if args.steps:
         args.epochs = math.ceil(args.steps / steps)
     total = args.steps or args.epochs * steps
-    model = make_model(args, device, steps, total)
-    optimizer = make_optimizer(args, model)
+    model = make_model(args, precision, steps, total)
+    optimizer = make_optimizer(args, model, device)
 
     start_epoch = checkpoint.resume(saved, path, model, optimizer, args.arch) if saved else args.start_epoch
     if saved and args.mask_same_image:
         checkpoint.resume_index(saved, path, model.queue_index)
+    if saved:
+        precision.resume(saved, path)
     if start_epoch > args.epochs:
         raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
     if process.rank == 0:
@@ -151,7 +165,7 @@ def run(process, args):
         told += f", training images {found['train_top1']:.2f} %" if args.knn_train else ""
         say(f"kNN after {done} epochs: {told}")
         if args.save_best and done and found["top1"] > best and process.rank == 0:
-            save(model, optimizer, done, min(done * steps, total), args, BEST)
+            save(model, optimizer, precision, done, min(done * steps, total), args, BEST)
         best = max(best, found["top1"] if done else -1.0)
 
     due = args.knn_freq and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs)
@@ -159,10 +173,10 @@ def run(process, args):
         evaluate(start_epoch)
     for epoch in range(start_epoch, args.epochs):
         batches.batch_sampler.sampler.set_epoch(epoch)
-        train(batches, learner, model, optimizer, epoch, steps, total, log, process, args)
+        train(batches, learner, model, optimizer, precision, epoch, steps, total, log, process, args)
         done = epoch + 1
         if process.rank == 0 and (done % args.save_freq == 0 or done == args.epochs):
-            save(model, optimizer, done, min(done * steps, total), args)
+            save(model, optimizer, precision, done, min(done * steps, total), args)
         if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
             evaluate(done)
     log.close()
@@ -202,8 +216,14 @@ def load_data(args, process, batch):
     workers = loader.workers_each(args.workers, process.local_size)
     kind = "heavy" if args.aug_heavy else "v2" if args.aug_plus else "v1"
     view = loader.augmentation(args.img_size, kind, blur=args.blur, crop_scale=args.crop_scale, stats=args.stats)
-    pairs = loader.TwoCrops(images, view, args.seed)
+    on_device = args.augment_on == "device"
+    if on_device and process.device.type == "cpu":
+        distributed.warn("--augment-on device is meant for GPUs, and this run is on the CPU, which it takes time from")
+    pairs = loader.TwoCrops(images.raw(), augment.Crop(view), args.seed) if on_device else None
+    pairs = pairs or loader.TwoCrops(images, view, args.seed)
     batches = loader.train_loader(pairs, batch, process=process, workers=workers, seed=args.seed)
+    if on_device:
+        batches = augment.Finished(batches, augment.Finish(view, process.device))
     if not args.knn_freq:
         return batches, None, len(images.classes)
     shown = [part.seen(loader.center_view(args.img_size, args.stats)) for part in (bank, val)]
@@ -211,8 +231,8 @@ def load_data(args, process, batch):
     return batches, monitor, len(bank.classes)
 
 
-def make_model(args, device, steps, total):
-    """The model on its device; sees that the network takes images of --img-size.
+def make_model(args, precision, steps, total):
+    """The model on its device, in its layout; sees that the network takes images of --img-size.
 
     steps: of an epoch; total: of the run.
     """
@@ -239,29 +259,37 @@ def make_model(args, device, steps, total):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules()):
             raise UserError(f"--sync-bn: {args.arch} has no BatchNorm")
-    model.to(device).eval()
+    precision.place(model).eval()
     try_images(model.encoder_q, args.arch, args.img_size)
+    if args.compile:
+        compile_encoders(model, precision.device)
     return model.train()
 
 
-def make_optimizer(args, model):
-    """SGD with MoCo's settings, or AdamW without decay on norms and biases, which have one dimension."""
+def make_optimizer(args, model, device):
+    """SGD with MoCo's settings, or AdamW without decay on norms and biases, which have one dimension.
+
+    On a GPU fused: one kernel, which with fp16 also reads the scaler's verdict where the host else would.
+    """
+    fused = True if device.type == "cuda" else None
     if args.optimizer == "adamw":
         weights = list(model.encoder_q.parameters())
         groups = [{"params": [w for w in weights if w.ndim > 1]}]
         groups.append({"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0})
-        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=fused)
     # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
-    return torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused
+    )
 
 
-def train(batches, learner, model, optimizer, epoch, steps, total, log, process, args):
+def train(batches, learner, model, optimizer, precision, epoch, steps, total, log, process, args):
     """One epoch, or what the run's `total` leaves of it. Numbers are read back from the device at print steps only."""
     device, first = process.device, epoch * steps
     steps_now = min(steps, total - first)
     averages, pace, printed = metrics.Averages(), metrics.Pace(), -1
     for i, (im_q, im_k, index) in pace.watch(itertools.islice(batches, steps_now)):
-        im_q, im_k, index = (x.to(device, non_blocking=True) for x in (im_q, im_k, index))
+        im_q, im_k, index = precision.place(im_q), precision.place(im_k), index.to(device, non_blocking=True)
         if first + i == 0:
             log.images("pairs", pair_grid(im_q, im_k, args.stats) if process.rank == 0 else None, 0)
         lr = learning_rate(first + i, steps, args)
@@ -270,14 +298,17 @@ def train(batches, learner, model, optimizer, epoch, steps, total, log, process,
 
         # what a network with dropout draws is a function of the step, too
         torch.manual_seed(distributed.seed_of("dropout", args.seed, first + i, process.rank))
-        logits, labels = learner(im_q, im_k, (first + i) / steps, step=first + i, index=index)
+        with precision.autocast():
+            logits, labels = learner(im_q, im_k, (first + i) / steps, step=first + i, index=index)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        loss.backward()
+        precision.scaler.scale(loss).backward()
         norms = {}
         if args.clip_grad:
+            precision.scaler.unscale_(optimizer)
             norms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.encoder_q.parameters(), args.clip_grad)
-        optimizer.step()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
 
         averages.add(loss=loss, **norms, **metrics.contrastive_accuracy(logits, args.moco_k))
         if i % args.print_freq == 0 or i == steps_now - 1:
@@ -384,7 +415,7 @@ def describe(args, process, batch, steps, total, start_epoch, path, before):
     metrics.write_json(os.path.join(args.save_dir, "config.json"), vars(args) | facts | metrics.origin())
 
 
-def save(model, optimizer, done, step, args, name=None):
+def save(model, optimizer, precision, done, step, args, name=None):
     """The published names and keys, and the settings beside them; then prune what --keep does not keep.
 
     name: of the file, unless it is the numbered one.
@@ -396,6 +427,7 @@ def save(model, optimizer, done, step, args, name=None):
         "optimizer": optimizer.state_dict(),
         "step": step,
         "config": vars(args),
+        **precision.state(),
     }
     if args.mask_same_image:
         content["queue_index"] = model.queue_index

@@ -136,7 +136,9 @@ class SynCo(nn.Module):
         N, rank = im_q.shape[0], distributed.rank()
         ways = [(im_q, im_k), (im_k, im_q)] if self.symmetric else [(im_q, im_k)]
 
-        q = torch.cat([F.normalize(self.encoder_q(queries), dim=1) for queries, _ in ways])  # (N, C), or (2N, C)
+        q = torch.cat(
+            [F.normalize(self.encoder_q(queries).to(self.queue), dim=1) for queries, _ in ways]
+        )  # (N, C), or (2N, C)
         update_ema(self.encoder_k, self.encoder_q, self.m)
         keys = [self._keys(images, step, way) for way, (_, images) in enumerate(ways)]  # (W·N, C) each
         k = torch.cat([part[rank * N : (rank + 1) * N] for part in keys])  # this process's, one for each row of q
@@ -159,6 +161,7 @@ class SynCo(nn.Module):
     def logits(self, q, k, slots, counts, generator=None, index=None):
         """The loss head: q, k (N, C) unit rows → (N, 1 + K + S), see `forward`; the gradient flows to q alone.
 
+        It computes in float32 under autocast, too, and without TensorFloat-32.
         slots: the queue rows that will be overwritten before backward; counts: see `negatives.synthesize`;
         index (N,): the queries' images, whose rows in the queue are masked; None: no row is.
         """
@@ -170,8 +173,9 @@ class SynCo(nn.Module):
                 hard = self._others(hard, index)
             return synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator)  # (N, S, C)
 
-        # a division of (N, C) instead of one of the logits
-        return _Logits.apply(q / self.T, k, self.queue, slots, own, sum(counts), synthetic)
+        with full_precision(q.device):
+            # a division of (N, C) instead of one of the logits
+            return _Logits.apply(q / self.T, k, self.queue, slots, own, sum(counts), synthetic)
 
     def _others(self, hard, index):
         """hard (N, n_hard) without the rows of the query's own image index (N,): the others, over again in their place.
@@ -187,10 +191,11 @@ class SynCo(nn.Module):
         """Encode the key views of all processes with shuffled BatchNorm → (W·N, C). way: which, if there are two."""
         W, N = distributed.world_size(), images.shape[0]
         if W == 1 and self.bn_splits == 1:  # one batch, one set of statistics: its order is of no consequence
-            return F.normalize(self.encoder_k(images), dim=1)
+            return F.normalize(self.encoder_k(images).to(self.queue), dim=1)
         generator = torch.Generator().manual_seed(distributed.seed_of("shuffle", self.seed, step, *[way] * (way > 0)))
         permutation = torch.randperm(W * N, generator=generator)  # the same in all processes
-        shuffled = distributed.gather(F.normalize(self.encoder_k(distributed.shuffle(images, permutation)), dim=1))
+        shuffled = self.encoder_k(distributed.shuffle(images, permutation))
+        shuffled = distributed.gather(F.normalize(shuffled.to(self.queue), dim=1))
         keys = torch.empty_like(shuffled)
         keys[distributed.to_device(permutation, keys.device)] = shuffled
         return keys
@@ -232,10 +237,11 @@ class _Logits(torch.autograd.Function):
         positive, similarity, rest = g.split([1, len(ctx.queue), negatives.shape[1]], dim=1)
         if own is not None:
             similarity = similarity.masked_fill(own, 0)
-        dq = _wide_mm(similarity, ctx.queue)
-        dq.addcmul_(positive, k)
-        dq.addmm_(similarity[:, slots], rows - ctx.queue[slots])
-        dq += torch.bmm(rest[:, None], negatives).squeeze(1)
+        with full_precision(g.device):
+            dq = _wide_mm(similarity, ctx.queue)
+            dq.addcmul_(positive, k)
+            dq.addmm_(similarity[:, slots], rows - ctx.queue[slots])
+            dq += torch.bmm(rest[:, None], negatives).squeeze(1)
         return dq, None, None, None, None, None, None
 
 
@@ -245,6 +251,18 @@ def _wide_mm(a, b):
     if K % 16:
         return a @ b
     return torch.bmm(a.unflatten(1, (16, K // 16)).transpose(0, 1), b.view(16, K // 16, -1)).sum(dim=0)
+
+
+@contextlib.contextmanager
+def full_precision(device):
+    """Without autocast, and with products in float32 proper."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -393,7 +411,7 @@ def encode(network, head, images):
     caught = []
     hook = network.get_submodule(head).register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     try:
-        outputs = network(images)
+        outputs = network.forward(images)  # not the call, which a compiled network answers without its layers' hooks
     finally:
         hook.remove()
     return caught[0].flatten(1), outputs

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from synco import distributed, metrics
+from synco.precision import Precision
 
 
 def new_last_layer(network, head):
@@ -17,27 +18,31 @@ def new_last_layer(network, head):
     return last
 
 
-def train(learner, batches, optimizer, epoch, *, process, seed, print_freq, report):
+def train(learner, batches, optimizer, epoch, *, process, seed, print_freq, report, precision=None):
     """One epoch of cross-entropy. Numbers are read back from the device at print steps only.
 
     learner: a network, or what `distributed.parallel` made of one, in the mode that its BatchNorm and dropout are to
-    have; batches: a `loader.train_loader`. At print steps calls report(step in the epoch, numbers, pace): loss, acc1
-    and acc5 (percent) as means since the last, images_per_second, data_share; a `metrics.Pace`.
+    have; batches: a `loader.train_loader`; precision: a `Precision`, None for float32. At print steps calls
+    report(step in the epoch, numbers, pace): loss, acc1 and acc5 (percent) as means since the last,
+    images_per_second, data_share; a `metrics.Pace`.
     Raises FloatingPointError if the loss is not finite.
     """
     steps = len(batches)
     batches.batch_sampler.sampler.set_epoch(epoch)
+    precision = precision or Precision(process.device)
     averages, pace = metrics.Averages(), metrics.Pace()
     for i, (images, labels) in pace.watch(batches):
-        images = images.to(process.device, non_blocking=True)
+        images = precision.place(images)
         labels = labels.to(process.device, non_blocking=True)
         # what a network with dropout draws is a function of the step, too
         torch.manual_seed(distributed.seed_of("dropout", seed, epoch * steps + i, process.rank))
-        logits = learner(images)
-        loss = F.cross_entropy(logits, labels)
+        with precision.autocast():
+            logits = learner(images)
+        loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        precision.scaler.scale(loss).backward()
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
 
         right = 100.0 * (metrics.ranked(logits) == labels[:, None])  # (N, 5)
         averages.add(loss=loss, acc1=right[:, 0].mean(), acc5=right.sum(dim=1).mean())

@@ -173,6 +173,18 @@ def add_data(parser):
     flag("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
 
 
+def add_speed(parser):
+    """How the network computes, see `precision.Precision`."""
+    flag = parser.add_argument
+    flag("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the network's forward pass")
+    flag("--channels-last", action="store_true", help="images and weights in the layout that tensor cores read")
+    flag(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="TensorFloat-32 for float32 products and convolutions (unset: torch's choice, convolutions only)",
+    )
+
+
 def check_data(args):
     """Raise UserError where the flags of `add_data` contradict each other."""
     if args.download and args.dataset == "imagefolder":

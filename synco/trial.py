@@ -16,6 +16,7 @@ from synco.builder import fitting, head_name, network_of, try_images
 from synco.classify import changed_weights, frozen_weights, new_last_layer, validate
 from synco.distributed import say
 from synco.options import UserError
+from synco.precision import Precision
 
 # flags that may differ between a trial and its continuation without a word; what follows from them is compared
 UNRELATED = options.UNRELATED | set(
@@ -45,6 +46,7 @@ class Trial:
 
     def __init__(self, process, args, kind, name):
         self.process, self.args, self.kind = process, args, kind
+        self.precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
         args.save_dir = args.save_dir or default_folder(args, name)
         args.log_dir = args.log_dir or args.save_dir
         self.path = distributed.from_rank_0(self._resume_path() if distributed.rank() == 0 else None)
@@ -154,7 +156,7 @@ class Trial:
             if config.get(name, value) != value and (args.evaluate or not self.saved):
                 source = self.path or args.pretrained
                 distributed.warn(f"--{flag} {value}: {source} is of a run with {config[name]}")
-        network.to(self.process.device)
+        self.precision.place(network)
         try_images(network, args.arch, args.img_size)
         self.network = network
         return network, last
@@ -276,6 +278,7 @@ class Trial:
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: its best_acc1 is {saved['best_acc1']!r}, not a number") from error
         checkpoint.load_optimizer(saved, path, optimizer)
+        self.precision.resume(saved, path)
         self.start_epoch = saved["epoch"]
 
     def train(self, learner, optimizer, epoch):
@@ -297,6 +300,7 @@ class Trial:
             classify.train(
                 learner, self.batches, optimizer, epoch,
                 process=process, seed=args.seed, print_freq=args.print_freq, report=report,
+                precision=self.precision,
             )  # fmt: skip
         except FloatingPointError as error:
             saved = self._own_checkpoints()
@@ -335,6 +339,7 @@ class Trial:
             "best": self.best,
             "last": self.last,
             "config": vars(args),
+            **self.precision.state(),
             **more,
         }
         if better:  # first, so that a run which is stopped in between writes it again
