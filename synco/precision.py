@@ -60,7 +60,8 @@ def compile_encoders(model, device):
     try:  # a few operations show whether there is a compiler that works
         torch.compile(lambda x: (x.sin() * 2).sum())(torch.ones(64, device=device))
     except (RuntimeError, ImportError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        why = lines[0] if lines else type(error).__name__
         raise UserError(f"--compile cannot work here: {why}") from error
     model.encoder_q.compile()
     model.encoder_k.compile()
