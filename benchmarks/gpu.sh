@@ -18,7 +18,7 @@ timeout 60 "$python" benchmarks/head.py -n 256
 # shellcheck disable=SC2086
 timeout 180 "$python" benchmarks/step.py ${STEP:-}
 # shellcheck disable=SC2086
-timeout 120 "$python" benchmarks/step.py --amp off --tf32 ${STEP:-}
+timeout 120 "$python" benchmarks/step.py --amp off --no-channels-last --tf32 ${STEP:-}
 if [ $# -gt 0 ]; then
   timeout 120 "$python" benchmarks/input.py "$1"
 fi

@@ -177,7 +177,12 @@ def add_speed(parser):
     """How the network computes, see `precision.Precision`."""
     flag = parser.add_argument
     flag("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the network's forward pass")
-    flag("--channels-last", action="store_true", help="images and weights in the layout that tensor cores read")
+    flag(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="images and weights in the memory layout that tensor cores read",
+    )
     flag(
         "--tf32",
         action=argparse.BooleanOptionalAction,

@@ -4,6 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import make_images
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
@@ -11,7 +12,6 @@ from torchvision.transforms.v2 import functional as F
 from synco import augment, datasets, loader
 from synco.distributed import Process, seed_of
 from synco.options import STATS, UserError
-from tests.conftest import make_images
 
 HALF_STEP = 0.5 / 255
 
