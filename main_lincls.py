@@ -30,6 +30,7 @@ def parse():
     options.add_classifier(parser)
     options.add_skipping(parser)
     options.add_distributed(parser)
+    options.add_speed(parser)
     flag = parser.add_argument
     flag("--lr", "--learning-rate", default=30.0, type=number(float, 0), help="learning rate")
     flag("--schedule", default=[60, 80], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")

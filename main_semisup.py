@@ -33,6 +33,7 @@ def parse():
     options.add_classifier(parser)
     options.add_skipping(parser)
     options.add_distributed(parser)
+    options.add_speed(parser)
     flag = parser.add_argument
     flag("--train-percent", default=100, type=int, choices=(1, 10, 100), help="of the labels")
     flag("--subset-file", metavar="FILE", help="list of the images to train on: class/file or wnid_N.JPEG, one a line")

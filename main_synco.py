@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from synco import checkpoint, datasets, distributed, knn, loader, metrics, options, survival
+from synco import augment, checkpoint, datasets, distributed, knn, loader, metrics, options, survival
 from synco.builder import SynCo, fitting, network_of, try_images
 from synco.distributed import say
 from synco.negatives import TYPES
 from synco.options import Failure, UserError, number
+from synco.precision import Precision, compile_encoders
 
 BEST = "model_best_knn.pth.tar"
 WITHIN = "checkpoint_step.pth.tar"  # where the run stands within an epoch; until that epoch's own is written
@@ -43,6 +44,7 @@ def parse():
     options.add_run(parser, epochs=200, batch_size=256, save_dir="./", steps=True)
     options.add_skipping(parser)
     options.add_distributed(parser)
+    options.add_speed(parser)
     flag = parser.add_argument
     flag("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
     flag("--schedule", default=[120, 160], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
@@ -58,6 +60,13 @@ def parse():
     flag("--aug-heavy", action="store_true", help="RandAugment and random erasing, in place of MoCo's augmentation")
     flag("--blur", action="store_true", help="with --aug-plus, --aug-heavy: blur crops below 64 pixels too")
     flag("--crop-scale", type=options.pair(0, 1), metavar="MIN,MAX", help="area of a crop (unset: 0.2,1; heavy: 0.5,1)")
+    flag(
+        "--augment-on",
+        default="cpu",
+        choices=("cpu", "device"),
+        help="device: workers only decode, crop and resize; the rest is done in batches, on the GPU",
+    )
+    flag("--compile", action="store_true", help="compile the encoders with torch.compile")
     flag("--save-freq", default=1, type=number(int, 1), help="epochs between checkpoints; the last is always written")
     flag("--keep", default=0, type=number(int, 0), help="how many numbered checkpoints stay; 0: all")
     flag("--knn-freq", default=0, type=number(int, 0), help="epochs between kNN evaluations, train vs. val; 0: none")
@@ -101,6 +110,8 @@ def parse():
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
     if args.aug_plus and args.aug_heavy:
         raise UserError("--aug-plus and --aug-heavy contradict each other")
+    if args.augment_on == "device" and args.aug_heavy:
+        raise UserError("--augment-on device cannot do --aug-heavy's RandAugment; leave one of the two out")
     for name in ("knn_train", "save_best"):
         if getattr(args, name) and not args.knn_freq:
             raise UserError(f"--{name.replace('_', '-')} goes with --knn-freq N")
@@ -119,6 +130,7 @@ def run(process, args):
     args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, path, before))
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
 
+    precision = Precision(device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
     batch = batch_of_each(args, process)
     datasets.fetch(args, process)
     batches, monitor, classes = load_data(args, process, batch, checkpoint.skipped(saved, path))
@@ -127,8 +139,8 @@ def run(process, args):
         args.epochs = math.ceil(args.steps / steps)
     total = args.steps or args.epochs * steps
     changed = options.compare(before, args, path, UNRELATED)
-    model = make_model(args, device, steps, total)
-    optimizer = make_optimizer(args, model)
+    model = make_model(args, precision, steps, total)
+    optimizer = make_optimizer(args, model, device)
 
     done, averages = args.start_epoch * steps, metrics.Averages()  # steps
     if saved:
@@ -139,6 +151,7 @@ def run(process, args):
         if args.mask_same_image:
             checkpoint.resume_index(saved, path, model.queue_index)
         checkpoint.resume_averages(saved, path, averages, process)
+        precision.resume(saved, path)
     start_epoch, start = divmod(done, steps) if done < total else (args.epochs, 0)
     if process.rank == 0:
         checkpoint.prepare_folders(args, own_checkpoints(args), own=[], fresh=not path)
@@ -178,6 +191,7 @@ def run(process, args):
                 "averages": state,
                 "skipped": sorted(reader.known),
                 "config": vars(args),
+                **precision.state(),
             }
             if args.mask_same_image:
                 content["queue_index"] = model.queue_index
@@ -218,7 +232,7 @@ def run(process, args):
         batches.batch_sampler.set_epoch(epoch, start)
         with reader.watched():
             span = epoch, start, steps, total
-            train(batches, learner, model, optimizer, averages, span, log, process, args, after_step)
+            train(batches, learner, model, optimizer, precision, averages, span, log, process, args, after_step)
         done, start = epoch + 1, 0
         if due_to_save(done, args):
             name = f"checkpoint_{epoch:04d}.pth.tar"
@@ -272,9 +286,14 @@ def load_data(args, process, batch, skipped):
     load["timeout"] = args.worker_timeout
     kind = "heavy" if args.aug_heavy else "v2" if args.aug_plus else "v1"
     view = loader.augmentation(args.img_size, kind, blur=args.blur, crop_scale=args.crop_scale, stats=args.stats)
-    reader = loader.Reader(images, args.skip_bad_images, skipped)
-    pairs = loader.TwoCrops(reader, view, args.seed)
+    on_device = args.augment_on == "device"
+    if on_device and process.device.type == "cpu":
+        distributed.warn("--augment-on device is meant for GPUs, and this run is on the CPU, which it takes time from")
+    reader = loader.Reader(images.raw() if on_device else images, args.skip_bad_images, skipped)
+    pairs = loader.TwoCrops(reader, augment.Crop(view) if on_device else view, args.seed)
     batches = loader.train_loader(pairs, batch, seed=args.seed, **load)
+    if on_device:
+        batches = augment.Finished(batches, augment.Finish(view, process.device))
     if not args.knn_freq:
         return batches, None, len(images.classes)
     shown = [part.seen(loader.center_view(args.img_size, args.stats)) for part in (bank, val)]
@@ -284,8 +303,8 @@ def load_data(args, process, batch, skipped):
     return batches, monitor, len(bank.classes)
 
 
-def make_model(args, device, steps, total):
-    """The model on its device; sees that the network takes images of --img-size.
+def make_model(args, precision, steps, total):
+    """The model on its device, in its layout; sees that the network takes images of --img-size.
 
     steps: of an epoch; total: of the run.
     """
@@ -312,23 +331,31 @@ def make_model(args, device, steps, total):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules()):
             raise UserError(f"--sync-bn: {args.arch} has no BatchNorm")
-    model.to(device).eval()
+    precision.place(model).eval()
     try_images(model.encoder_q, args.arch, args.img_size)
+    if args.compile:
+        compile_encoders(model, precision.device)
     return model.train()
 
 
-def make_optimizer(args, model):
-    """SGD with MoCo's settings, or AdamW without decay on norms and biases, which have one dimension."""
+def make_optimizer(args, model, device):
+    """SGD with MoCo's settings, or AdamW without decay on norms and biases, which have one dimension.
+
+    On a GPU fused: one kernel, which with fp16 also reads the scaler's verdict where the host else would.
+    """
+    fused = True if device.type == "cuda" else None
     if args.optimizer == "adamw":
         weights = list(model.encoder_q.parameters())
         groups = [{"params": [w for w in weights if w.ndim > 1]}]
         groups.append({"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0})
-        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=fused)
     # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
-    return torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused
+    )
 
 
-def train(batches, learner, model, optimizer, averages, span, log, process, args, after_step):
+def train(batches, learner, model, optimizer, precision, averages, span, log, process, args, after_step):
     """One epoch, or what the run's end leaves of it. Numbers are read from the device at print steps and saves only.
 
     averages: those since the last print step; span: which epoch, from which of its steps on, how many steps an epoch
@@ -340,7 +367,7 @@ def train(batches, learner, model, optimizer, averages, span, log, process, args
     steps_now = min(steps, total - first)
     pace, finite = metrics.Pace(), metrics.Finite(device)
     for i, (im_q, im_k, index) in pace.watch(itertools.islice(batches, steps_now - start), start):
-        im_q, im_k, index = (x.to(device, non_blocking=True) for x in (im_q, im_k, index))
+        im_q, im_k, index = precision.place(im_q), precision.place(im_k), index.to(device, non_blocking=True)
         if first + i == 0:
             log.images("pairs", pair_grid(im_q, im_k, args.stats) if process.rank == 0 else None, 0)
         lr = learning_rate(first + i, steps, args)
@@ -349,16 +376,13 @@ def train(batches, learner, model, optimizer, averages, span, log, process, args
 
         # what a network with dropout draws is a function of the step, too
         torch.manual_seed(distributed.seed_of("dropout", args.seed, first + i, process.rank))
-        logits, labels = learner(im_q, im_k, (first + i) / steps, step=first + i, index=index)
+        with precision.autocast():
+            logits, labels = learner(im_q, im_k, (first + i) / steps, step=first + i, index=index)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        loss.backward()
-        if args.clip_grad:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-        else:
-            norm = metrics.gradient_norm(parameters)
+        norm = precision.backward(loss, optimizer, parameters, args.clip_grad)
         bad = finite.watch(i, loss, norm)
-        optimizer.step()
+        precision.step(optimizer)
 
         norms = {"grad_norm": norm} if args.clip_grad else {}
         averages.add(loss=loss, bad=bad, **norms, **metrics.contrastive_accuracy(logits, args.moco_k))
@@ -366,6 +390,7 @@ def train(batches, learner, model, optimizer, averages, span, log, process, args
             numbers = averages.read(distributed.mean)
             if numbers.pop("bad"):
                 check_finite(finite, batches, epoch, i, lr, args)
+            precision.check()
             numbers |= {"lr": lr, **pace.read(process.world_size)}
             if process.rank == 0:
                 counts = dict(zip(TYPES, model.counts_at((first + i) / steps)))

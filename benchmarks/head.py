@@ -4,7 +4,8 @@
   python benchmarks/head.py                     # N = 32, K = 65,536, C = 128, default counts
   python benchmarks/head.py -n 256 --json
 
-The versions take turns within each repetition, so that a noisy machine disturbs all alike; medians are compared.
+The versions take turns within each repetition, so that a noisy machine disturbs all alike; medians are compared. The
+peak is that of the tensors which exist at one time from q to its gradient, but for q, k and the queue.
 """
 
 import argparse
@@ -17,11 +18,34 @@ import time
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks import textbook  # noqa: E402
 from synco.builder import SynCo  # noqa: E402
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make and that are alive, on a CPU; `most` of them at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {
+            StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := StorageWeakRef(x.untyped_storage())) not in given:
+                self.alive.setdefault(storage, x.untyped_storage().nbytes())
+        self.alive = {storage: size for storage, size in self.alive.items() if not storage.expired()}
+        self.most = max(self.most, sum(self.alive.values()))
+        return result
 
 
 def main():
@@ -55,6 +79,18 @@ def main():
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
+    def peak(head):
+        step(head)
+        if device.type == "cpu":
+            with Peak() as counted:
+                step(head)
+            return counted.most
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(head)
+        return torch.cuda.max_memory_allocated() - before
+
+    peaks = {name: peak(head) / 2**20 for name, head in versions.items()}
     times = {name: [] for name in versions}
     for repetition in range(args.repeat + 2):
         for name, head in versions.items():
@@ -64,14 +100,14 @@ def main():
     median = {name: statistics.median(found) for name, found in times.items()}
     base = median["SynCo, textbook"]
     if args.json:
-        results = {name: {"ms": 1e3 * t, "ratio": t / base} for name, t in median.items()}
+        results = {name: {"ms": 1e3 * t, "ratio": t / base, "peak_mib": peaks[name]} for name, t in median.items()}
         facts = {"n": args.n, "k": args.k, "c": args.c, "device": str(device), "torch": torch.__version__}
-        print(json.dumps(facts | {"results": results}))
+        print(json.dumps(facts | {"ratio": median["SynCo"] / base, "results": results}))
         return
     print(f"N = {args.n}, K = {args.k}, C = {args.c}, {device}, torch {torch.__version__}, median of {args.repeat}")
-    print(f"{'head':18}{'ms':>10}{'of textbook':>14}")
+    print(f"{'head':18}{'ms':>10}{'of textbook':>14}{'peak, MiB':>12}")
     for name, seconds in median.items():
-        print(f"{name:18}{1e3 * seconds:10.1f}{seconds / base:14.2f}")
+        print(f"{name:18}{1e3 * seconds:10.1f}{seconds / base:14.2f}{peaks[name]:12.1f}")
 
 
 if __name__ == "__main__":

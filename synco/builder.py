@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.autograd.function import once_differentiable
 
 from synco import distributed
 from synco.negatives import TYPES, hardest, synthesize
@@ -135,7 +136,9 @@ class SynCo(nn.Module):
         N, rank = im_q.shape[0], distributed.rank()
         ways = [(im_q, im_k), (im_k, im_q)] if self.symmetric else [(im_q, im_k)]
 
-        q = torch.cat([F.normalize(self.encoder_q(queries), dim=1) for queries, _ in ways])  # (N, C), or (2N, C)
+        q = torch.cat(
+            [F.normalize(self.encoder_q(queries).to(self.queue), dim=1) for queries, _ in ways]
+        )  # (N, C), or (2N, C)
         update_ema(self.encoder_k, self.encoder_q, self.m)
         keys = [self._keys(images, step, way) for way, (_, images) in enumerate(ways)]  # (W·N, C) each
         k = torch.cat([part[rank * N : (rank + 1) * N] for part in keys])  # this process's, one for each row of q
@@ -158,22 +161,21 @@ class SynCo(nn.Module):
     def logits(self, q, k, slots, counts, generator=None, index=None):
         """The loss head: q, k (N, C) unit rows → (N, 1 + K + S), see `forward`; the gradient flows to q alone.
 
+        It computes in float32 under autocast, too, and without TensorFloat-32.
         slots: the queue rows that will be overwritten before backward; counts: see `negatives.synthesize`;
         index (N,): the queries' images, whose rows in the queue are masked; None: no row is.
         """
-        scaled = q / self.T  # a division of (N, C) instead of one of the logits
-        positive = (scaled * k).sum(dim=1, keepdim=True)  # (N, 1)
-        similarity = _QueueSimilarity.apply(scaled, self.queue, slots)  # (N, K)
-        if index is not None:
-            similarity = similarity.masked_fill(self.queue_index == index[:, None], -torch.inf)
-        columns = [positive, similarity]
-        if any(counts):
-            hard = hardest(similarity.detach(), self.n_hard)  # (N, n_hard)
+        own = None if index is None else self.queue_index == index[:, None]  # (N, K)
+
+        def synthetic(similarity):
+            hard = hardest(similarity, self.n_hard)  # (N, n_hard)
             if index is not None:
                 hard = self._others(hard, index)
-            synthetic = synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator)  # (N, S, C)
-            columns.append(torch.bmm(scaled[:, None], synthetic.transpose(1, 2)).squeeze(1))  # (N, S)
-        return torch.cat(columns, dim=1)
+            return synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator)  # (N, S, C)
+
+        with full_precision(q.device):
+            # a division of (N, C) instead of one of the logits
+            return _Logits.apply(q / self.T, k, self.queue, slots, own, sum(counts), synthetic)
 
     def _others(self, hard, index):
         """hard (N, n_hard) without the rows of the query's own image index (N,): the others, over again in their place.
@@ -189,17 +191,21 @@ class SynCo(nn.Module):
         """Encode the key views of all processes with shuffled BatchNorm → (W·N, C). way: which, if there are two."""
         W, N = distributed.world_size(), images.shape[0]
         if W == 1 and self.bn_splits == 1:  # one batch, one set of statistics: its order is of no consequence
-            return F.normalize(self.encoder_k(images), dim=1)
+            return F.normalize(self.encoder_k(images).to(self.queue), dim=1)
         generator = torch.Generator().manual_seed(distributed.seed_of("shuffle", self.seed, step, *[way] * (way > 0)))
         permutation = torch.randperm(W * N, generator=generator)  # the same in all processes
-        shuffled = distributed.gather(F.normalize(self.encoder_k(distributed.shuffle(images, permutation)), dim=1))
+        shuffled = self.encoder_k(distributed.shuffle(images, permutation))
+        shuffled = distributed.gather(F.normalize(shuffled.to(self.queue), dim=1))
         keys = torch.empty_like(shuffled)
         keys[distributed.to_device(permutation, keys.device)] = shuffled
         return keys
 
 
-class _QueueSimilarity(torch.autograd.Function):
-    """q (N, C), queue (K, C) → q @ queue.T (N, K), with the gradient to q alone.
+class _Logits(torch.autograd.Function):
+    """[q·k, q·queue, q·synthetic] (N, 1 + K + S), written into one tensor, with the gradient to q alone.
+
+    q (N, C) is divided by T already; k (N, C); queue (K, C); own (N, K): rows that are no negatives and get -inf, or
+    None; synthetic: makes the S negatives of each query (N, S, C) from the similarity to the queue (N, K).
 
     Between forward and backward the queue's rows `slots` are overwritten with new keys. Autograd would have the
     whole queue cloned for that; here only those rows are kept, and backward puts their part right:
@@ -208,17 +214,55 @@ class _QueueSimilarity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, queue, slots):
+    def forward(ctx, q, k, queue, slots, own, S, synthetic):
+        (N, C), K = q.shape, len(queue)
+        logits = q.new_empty(N, 1 + K + S)  # mm writes its part itself: no copy of the largest tensor here
+        positive, similarity, rest = logits.split([1, K, S], dim=1)
+        torch.sum(q * k, dim=1, keepdim=True, out=positive)
+        torch.mm(q, queue.T, out=similarity)
+        if own is not None:
+            similarity.masked_fill_(own, -torch.inf)
+        negatives = synthetic(similarity) if S else q.new_empty(N, 0, C)
+        torch.bmm(negatives, q[:, :, None], out=rest[:, :, None])
         ctx.queue, ctx.version = queue, queue._version
-        ctx.save_for_backward(slots, queue[slots])
-        return q @ queue.T
+        ctx.save_for_backward(k, slots, queue[slots], own, negatives)
+        return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         if ctx.queue._version > ctx.version + 1:
             raise RuntimeError("the queue has moved on by more than one step: call backward before the next forward")
-        slots, rows = ctx.saved_tensors
-        return g @ ctx.queue + g[:, slots] @ (rows - ctx.queue[slots]), None, None
+        k, slots, rows, own, negatives = ctx.saved_tensors
+        positive, similarity, rest = g.split([1, len(ctx.queue), negatives.shape[1]], dim=1)
+        if own is not None:
+            similarity = similarity.masked_fill(own, 0)
+        with full_precision(g.device):
+            dq = _wide_mm(similarity, ctx.queue)
+            dq.addcmul_(positive, k)
+            dq.addmm_(similarity[:, slots], rows - ctx.queue[slots])
+            dq += torch.bmm(rest[:, None], negatives).squeeze(1)
+        return dq, None, None, None, None, None, None
+
+
+def _wide_mm(a, b):
+    """a (N, K) @ b (K, C) for K far above N and C, in 16 parts side by side: 3.8 ms in place of 4.8 on two cores."""
+    K = len(b)
+    if K % 16:
+        return a @ b
+    return torch.bmm(a.unflatten(1, (16, K // 16)).transpose(0, 1), b.view(16, K // 16, -1)).sum(dim=0)
+
+
+@contextlib.contextmanager
+def full_precision(device):
+    """Without autocast, and with products in float32 proper."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -367,7 +411,7 @@ def encode(network, head, images):
     caught = []
     hook = network.get_submodule(head).register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     try:
-        outputs = network(images)
+        outputs = network.forward(images)  # not the call, which a compiled network answers without its layers' hooks
     finally:
         hook.remove()
     return caught[0].flatten(1), outputs

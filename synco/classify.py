@@ -5,6 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from synco import distributed, metrics
+from synco.precision import Precision
 
 
 def new_last_layer(network, head):
@@ -29,30 +30,34 @@ def train(
     check_finite,
     after_step,
     start=0,
+    precision=None,
 ):
     """One epoch of cross-entropy from step `start` on. Numbers are read from the device at print steps only.
 
     learner: a network, or what `distributed.parallel` made of one, in the mode that its BatchNorm and dropout are to
-    have; batches: a `loader.train_loader`; averages: those since the last print step. At print steps calls
+    have; batches: a `loader.train_loader`; averages: those since the last print step;
+    precision: a `Precision`, None for float32. At print steps calls
     report(step in the epoch, numbers, pace): loss, acc1 and acc5 (percent) as means since the last, images_per_second,
     data_share; a `metrics.Pace`. Calls after_step(step in the epoch, a `metrics.Finite`) after each step, and
     check_finite with the same at print steps if a loss or gradient was not finite, to raise FloatingPointError.
     """
     steps = len(batches)
     batches.batch_sampler.set_epoch(epoch, start)
+    precision = precision or Precision(process.device)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pace, finite = metrics.Pace(), metrics.Finite(process.device)
     for i, (images, labels) in pace.watch(batches, start):
-        images = images.to(process.device, non_blocking=True)
+        images = precision.place(images)
         labels = labels.to(process.device, non_blocking=True)
         # what a network with dropout draws is a function of the step, too
         torch.manual_seed(distributed.seed_of("dropout", seed, epoch * steps + i, process.rank))
-        logits = learner(images)
-        loss = F.cross_entropy(logits, labels)
+        with precision.autocast():
+            logits = learner(images)
+        loss = F.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
-        loss.backward()
-        bad = finite.watch(i, loss, metrics.gradient_norm(parameters))
-        optimizer.step()
+        norm = precision.backward(loss, optimizer, parameters)
+        bad = finite.watch(i, loss, norm)
+        precision.step(optimizer)
 
         right = 100.0 * (metrics.ranked(logits) == labels[:, None])  # (N, 5)
         averages.add(loss=loss, bad=bad, acc1=right[:, 0].mean(), acc5=right.sum(dim=1).mean())
@@ -60,6 +65,7 @@ def train(
             numbers = averages.read(distributed.mean)
             if numbers.pop("bad"):
                 check_finite(i, finite)
+            precision.check()
             report(i, numbers | pace.read(process.world_size), pace)
         after_step(i, finite)
 

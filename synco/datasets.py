@@ -15,9 +15,8 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
-from synco import distributed
+from synco import augment, distributed, index
 from synco.loader import read_image
 from synco.options import UserError, usable_cpus
 
@@ -32,8 +31,8 @@ BROKEN = (
 class Images(Dataset):
     """The labelled images of one split. Items: image (PIL, or what `transform` makes of it), label.
 
-    root: where they are, for messages; classes: their names; names: "class/file" of each image, without repetition;
-    targets: the label of each; read: a picklable callable, number of an image → PIL image.
+    root: where they are, for messages; classes: their names; names: "class/file" of each image, without repetition,
+    any sequence; targets: the label of each, any sequence; read: a picklable callable, number of an image → PIL image.
     """
 
     def __init__(self, root, classes, names, targets, read):
@@ -56,7 +55,7 @@ class Images(Dataset):
         """Those images alone, in that order, with all the classes."""
         part = copy.copy(self)
         part.names = [self.names[i] for i in positions]
-        part.targets = [self.targets[i] for i in positions]
+        part.targets = [int(self.targets[i]) for i in positions]
         part._numbers = [self._numbers[i] for i in positions]
         return part
 
@@ -64,6 +63,13 @@ class Images(Dataset):
         """The same images through that transform."""
         other = copy.copy(self)
         other.transform = transform
+        return other
+
+    def raw(self):
+        """The same images as uint8 tensors (3, H, W), see `augment.read`, as far as they lie in files of their own."""
+        other = copy.copy(self)
+        if isinstance(self._read, _Files):
+            other._read = _Files(self._read.folder, self._read.names, augment.read)
         return other
 
     def file(self, position):
@@ -75,14 +81,14 @@ class Images(Dataset):
 class _Files:
     """Reads the images of a folder by their names in it."""
 
-    def __init__(self, folder, names):
-        self.folder, self.names = folder, names
+    def __init__(self, folder, names, read=read_image):
+        self.folder, self.names, self.read = folder, names, read
 
     def path(self, number):
         return os.path.join(self.folder, self.names[number])
 
     def __call__(self, number):
-        return read_image(self.path(number))
+        return self.read(self.path(number))
 
 
 class _Arrays:
@@ -151,13 +157,8 @@ def image_folder(root, split):
         raise UserError(f"{root}: no such folder; it should hold {split}/CLASS/IMAGE")
     if not os.path.isdir(folder):
         raise UserError(f"{root}: has no folder {split!r} in it; it should hold {split}/CLASS/IMAGE")
-    try:
-        found = ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {str(error).splitlines()[0]}; it should hold CLASS/IMAGE") from error
-    start = len(folder.rstrip(os.sep)) + 1
-    names = [path[start:].replace(os.sep, "/") for path, _ in found.samples]
-    return Images(folder, found.classes, names, found.targets, _Files(folder, names))
+    names = index.of(folder)
+    return Images(folder, names.classes, names, names.targets(), _Files(folder, names))
 
 
 def same_classes(train, val, root):

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 TYPES = ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")
 
 
+def _unit(x):
+    """x (..., C), a tensor that nobody else holds, with its rows normalised in place."""
+    return x.div_(torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12))
+
+
 @torch.no_grad()
 def interpolated(q, n, alpha):
     """Type 1: a point between the query and a hard negative.
@@ -21,7 +26,7 @@ def interpolated(q, n, alpha):
 
     q (N, C), n (N, S, C), alpha (N, S, 1) in (0, 0.5) → (N, S, C), unit rows.
     """
-    return F.normalize(torch.lerp(n, q[:, None], alpha), dim=-1)
+    return _unit(torch.lerp(n, q[:, None], alpha))
 
 
 @torch.no_grad()
@@ -32,7 +37,7 @@ def extrapolated(q, n, beta):
 
     q (N, C), n (N, S, C), beta (N, S, 1) in (1, 1.5) → (N, S, C), unit rows.
     """
-    return F.normalize(torch.lerp(q[:, None], n, beta), dim=-1)
+    return _unit(torch.lerp(q[:, None], n, beta))
 
 
 @torch.no_grad()
@@ -43,7 +48,7 @@ def mixed(n_i, n_j, gamma):
 
     n_i, n_j (N, S, C), gamma (N, S, 1) in (0, 1) → (N, S, C), unit rows.
     """
-    return F.normalize(torch.lerp(n_j, n_i, gamma), dim=-1)
+    return _unit(torch.lerp(n_j, n_i, gamma))
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def noisy(n, noise):
 
     n (N, S, C), noise (N, S, C) already scaled by sigma → (N, S, C), unit rows.
     """
-    return F.normalize(n + noise, dim=-1)
+    return _unit(n + noise)
 
 
 @torch.no_grad()
@@ -66,7 +71,7 @@ def perturbed(q, n, delta):
     The similarity is the dot product, so its gradient is known and autograd has no part in it.
     q (N, C), n (N, S, C), delta a float → (N, S, C), unit rows.
     """
-    return F.normalize(n + delta * q[:, None], dim=-1)
+    return _unit(n + delta * q[:, None])
 
 
 @torch.no_grad()
@@ -77,7 +82,7 @@ def adversarial(q, n, eta):
 
     q (N, C), n (N, S, C), eta a float → (N, S, C), unit rows.
     """
-    return F.normalize(n + eta * q.sign()[:, None], dim=-1)
+    return _unit(n + eta * q.sign()[:, None])
 
 
 @torch.no_grad()
@@ -133,24 +138,26 @@ def synthesize(
     def uniform(low, high, count):
         return torch.empty(N, count, 1, dtype=q.dtype, device=q.device).uniform_(low, high, generator=generator)
 
-    # One draw and one gather serve all types; indexing copies, so later enqueues cannot reach the rows.
+    # One draw serves all types; indexing copies, so later enqueues cannot reach the rows.
     draws = (n1, n2, n3, n3, n4, n5, n6)
     pick = torch.randint(n_hard, (N, sum(draws)), device=q.device, generator=generator)
-    rows = F.embedding(hard.gather(1, pick), queue)  # (N, sum(draws), C)
-    a, b, c_i, c_j, d, e, f = rows.split(draws, dim=1)
+    parts = hard.gather(1, pick).split(draws, dim=1)
+
+    def rows(i):
+        return F.embedding(parts[i], queue)  # (N, draws[i], C)
 
     made = []
     if n1:
-        made.append(interpolated(q, a, uniform(0, alpha, n1)))
+        made.append(interpolated(q, rows(0), uniform(0, alpha, n1)))
     if n2:
-        made.append(extrapolated(q, b, uniform(1, beta, n2)))
+        made.append(extrapolated(q, rows(1), uniform(1, beta, n2)))
     if n3:
-        made.append(mixed(c_i, c_j, uniform(0, gamma, n3)))
+        made.append(mixed(rows(2), rows(3), uniform(0, gamma, n3)))
     if n4:
-        noise = torch.randn(d.shape, dtype=q.dtype, device=q.device, generator=generator)
-        made.append(noisy(d, sigma * noise))
+        noise = torch.randn(N, n4, q.shape[1], dtype=q.dtype, device=q.device, generator=generator)
+        made.append(noisy(rows(4), sigma * noise))
     if n5:
-        made.append(perturbed(q, e, delta))
+        made.append(perturbed(q, rows(5), delta))
     if n6:
-        made.append(adversarial(q, f, eta))
+        made.append(adversarial(q, rows(6), eta))
     return torch.cat(made, dim=1) if made else q.new_empty(N, 0, q.shape[1])

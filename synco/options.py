@@ -196,6 +196,23 @@ def add_data(parser):
     )
 
 
+def add_speed(parser):
+    """How the network computes, see `precision.Precision`."""
+    flag = parser.add_argument
+    flag("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the network's forward pass")
+    flag(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="images and weights in the memory layout that tensor cores read",
+    )
+    flag(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="TensorFloat-32 for float32 products and convolutions (unset: torch's choice, convolutions only)",
+    )
+
+
 def check_data(args):
     """Raise UserError where the flags of `add_data` contradict each other."""
     if args.download and args.dataset == "imagefolder":

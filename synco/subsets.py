@@ -10,6 +10,7 @@ import time
 import urllib.request
 
 from synco import checkpoint, datasets, distributed
+from synco.index import cache_folder
 from synco.options import UserError
 
 # https://github.com/google-research/simclr (arXiv 2002.05709): {percent: (name, SHA-256)}
@@ -133,11 +134,6 @@ def write_list(images, path):
             file.write(content)
     except OSError as error:
         raise UserError(f"--write-subset {path}: cannot be written ({error.strerror})") from error
-
-
-def cache_folder():
-    """Where downloaded lists are kept: $XDG_CACHE_HOME/synco, ~/.cache/synco unless that is set."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "synco")
 
 
 def published_list(percent):

@@ -16,6 +16,7 @@ from synco.builder import fitting, head_name, network_of, try_images
 from synco.classify import changed_weights, frozen_weights, new_last_layer, validate
 from synco.distributed import say
 from synco.options import Failure, UserError
+from synco.precision import Precision
 
 # flags that may differ between a trial and its continuation without a word; what follows from them is compared
 UNRELATED = options.UNRELATED | set(
@@ -45,6 +46,7 @@ class Trial:
 
     def __init__(self, process, args, kind, name):
         self.process, self.args, self.kind = process, args, kind
+        self.precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
         args.save_dir = args.save_dir or default_folder(args, name)
         args.log_dir = args.log_dir or args.save_dir
         if args.evaluate:
@@ -164,7 +166,7 @@ class Trial:
             if config.get(name, value) != value and (args.evaluate or not self.saved):
                 source = self.path or args.pretrained
                 distributed.warn(f"--{flag} {value}: {source} is of a run with {config[name]}")
-        network.to(self.process.device)
+        self.precision.place(network)
         try_images(network, args.arch, args.img_size)
         self.network = network
         return network, last
@@ -298,6 +300,7 @@ class Trial:
         checkpoint.check_values(checkpoint.unprefixed(saved["state_dict"]), path, self.network.state_dict())
         checkpoint.load_optimizer(saved, path, optimizer)
         checkpoint.resume_averages(saved, path, self.averages, self.process)
+        self.precision.resume(saved, path)
         self.start_epoch = saved["epoch"]
         return changed
 
@@ -335,6 +338,7 @@ class Trial:
                 learner, self.batches, optimizer, epoch,
                 process=process, seed=args.seed, print_freq=args.print_freq, averages=self.averages, report=report,
                 check_finite=check_finite, after_step=after_step, start=self.start if epoch == self.start_epoch else 0,
+                precision=self.precision,
             )  # fmt: skip
 
     def _save(self, optimizer, epoch, within, name, *, stop=False, **more):
@@ -358,6 +362,7 @@ class Trial:
                 "averages": state,
                 "skipped": sorted(self.reader.known),
                 "config": vars(self.args),
+                **self.precision.state(),
                 **more,
             }
             problem = checkpoint.try_to_save(content, self._file(name))

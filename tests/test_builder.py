@@ -180,6 +180,38 @@ def test_gradient_equals_that_of_constant_negatives():
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("K, counts", [(20, (2, 2, 2, 1, 1, 1)), (48, (2, 2, 2, 1, 1, 1)), (48, (0,) * 6)])
+def test_gradient_of_any_function_of_the_logits(K, counts, masked):
+    """Weights of their own for all logits, in float64; both ways to multiply with the queue, and masked rows."""
+    model = small(K=K, mask_same_image=True).double()
+    model.queue_index.copy_(torch.arange(K) // 2)
+    q, k = (F.normalize(torch.randn(5, 4, dtype=torch.float64), dim=1) for _ in range(2))
+    index = torch.tensor([0, 3, 3, 50, 9]) if masked else None
+    weights = torch.randn(5, 1 + K + sum(counts), dtype=torch.float64)
+    slots = torch.tensor([4, 5, K - 1, 0, 1])
+    new = F.normalize(torch.randn(5, 4, dtype=torch.float64), dim=1)
+    old, variable, twin = model.queue.clone(), q.clone().requires_grad_(), q.clone().requires_grad_()
+
+    logits = model.logits(variable, k, slots, counts, torch.Generator().manual_seed(1), index)
+    model.queue.index_copy_(0, slots, new)
+    hidden = torch.zeros(5, K, dtype=torch.bool) if index is None else model.queue_index == index[:, None]
+    found = logits.masked_fill(logits == -torch.inf, 0)  # the loss leaves infinity out, as a softmax does
+    assert (logits == -torch.inf).sum() == hidden.sum()
+    (found * weights).sum().backward()
+
+    similarity = twin @ old.T / 0.2
+    columns = [(twin * k).sum(1, keepdim=True) / 0.2, similarity.masked_fill(hidden, 0)]
+    if any(counts):
+        hard = hardest(similarity.detach().masked_fill(hidden, -torch.inf), 8)
+        s = synthesize(q, old, hard, counts, **model.ranges, generator=torch.Generator().manual_seed(1))
+        columns.append((s @ twin[:, :, None]).squeeze(2) / 0.2)
+    plain = torch.cat(columns, dim=1)
+    (plain * weights).sum().backward()
+    torch.testing.assert_close(found, plain, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(variable.grad, twin.grad, atol=1e-12, rtol=1e-12)
+
+
 def test_backward_that_comes_too_late_is_an_error():
     model = small()
     first, _ = model(torch.randn(3, 6), torch.randn(3, 6))

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Time the input pipeline on a folder of images: what a loading worker does for --augment-on cpu and for device.
+
+  python benchmarks/input.py FOLDER              # FOLDER/CLASS/IMAGE
+  python benchmarks/input.py FOLDER --json
+
+Each mode makes two views of every image (MoCo v2's augmentation) and collates them, in this process and one thread.
+The modes take turns over parts of the folder, CPU seconds are counted, and medians are compared, so that a noisy
+machine disturbs all alike. Then the ways to decode a JPEG file, how far the two modes' views are apart, and the
+device's half of the work.
+"""
+
+import json
+import os
+import random
+import statistics
+import sys
+import time
+
+import torch
+import torchvision
+from torch.utils.data import default_collate
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from synco import augment, datasets, distributed, loader, options  # noqa: E402
+from synco.options import Parser, UserError, number  # noqa: E402
+
+
+def parse():
+    parser = Parser(__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="images in FOLDER/CLASS/IMAGE")
+    parser.add_argument("--img-size", type=number(int, 8), default=224, help="side of the crops")
+    parser.add_argument("--images", type=number(int, 1), default=160, help="how many to take, at random")
+    parser.add_argument("--batch", type=number(int, 1), default=16, help="images in a batch")
+    parser.add_argument("--repeat", type=number(int, 1), default=3, help="times to go over them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    args = parser.parse_args()
+    if not os.path.isdir(args.folder):
+        raise UserError(f"{args.folder}: no such folder; it should hold CLASS/IMAGE")
+    return args
+
+
+def decoders():
+    """The ways to decode a file that keep PIL's pixels, as far as they are installed: {name: path → pixels}."""
+    found = {
+        "PIL": loader.read_image,
+        "torchvision.io": lambda path: torchvision.io.decode_jpeg(
+            torchvision.io.read_file(path), mode=torchvision.io.ImageReadMode.RGB
+        ),
+        "synco.augment.read": augment.read,
+    }
+    try:
+        import simplejpeg
+    except ImportError:
+        return found
+
+    def turbo(path):
+        with open(path, "rb") as file:
+            return simplejpeg.decode_jpeg(file.read())
+
+    return found | {"simplejpeg": turbo}
+
+
+def take_turns(versions, parts, repeat):
+    """{name: function of a part} → {name: median seconds for one item}; each part goes through all versions in turn."""
+    times = {name: [] for name in versions}
+    for part in parts[:1] + parts * repeat:
+        for name, version in versions.items():
+            began = time.process_time()  # CPU seconds: another program's load does not count
+            version(part)
+            times[name].append((time.process_time() - began) / len(part))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}  # the first one warms up
+
+
+def main(args):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder, split = os.path.split(os.path.abspath(args.folder))
+    pil = datasets.image_folder(folder, split)
+    paths = [pil.file(i) for i in range(len(pil))]
+    chosen = random.Random(0).sample(range(len(paths)), min(args.images, len(paths)))
+    parts = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
+
+    augmentation = loader.augmentation(args.img_size)
+    pairs = {
+        "cpu": loader.TwoCrops(pil, augmentation, seed=0),
+        "device": loader.TwoCrops(pil.raw(), augment.Crop(augmentation), seed=0),
+    }
+    collated = {
+        mode: lambda part, pairs=pairs: default_collate([pairs[0, i] for i in part]) for mode, pairs in pairs.items()
+    }
+    workers = take_turns(collated, parts, args.repeat)
+
+    jpegs = [path for i in chosen if (path := paths[i]).lower().endswith((".jpg", ".jpeg"))]
+    decoded = {}
+    if jpegs:
+        rounds = [jpegs[i : i + args.batch] for i in range(0, len(jpegs), args.batch)]
+        each = {
+            name: lambda part, decode=decode: [decode(path) for path in part] for name, decode in decoders().items()
+        }
+        decoded = take_turns(each, rounds, args.repeat)
+
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    finish = augment.Finish(augmentation, device)
+    std = torch.tensor(options.STATS["imagenet"][1], device=device).view(3, 1, 1)
+    apart, seconds = [], []
+    for part in parts:
+        (crops, parameters), _, _ = collated["device"](part)
+        if device.type == "cuda":
+            crops = crops.pin_memory()
+        for _ in range(3):
+            began = time.perf_counter()
+            views = finish(crops, parameters)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - began) / len(part))
+        expected = collated["cpu"](part)[0].to(device)
+        apart.append(((views - expected) * std * 255).abs().flatten())
+    apart = torch.cat(apart)
+
+    facts = {
+        "images": len(chosen),
+        "img_size": args.img_size,
+        "ratio": workers["cpu"] / workers["device"],
+        "workers_images_per_second_and_core": {mode: 1 / s for mode, s in workers.items()},
+        "decoded_images_per_second_and_core": {name: 1 / s for name, s in decoded.items()},
+        "views_apart_of_255": {"mean": apart.mean().item(), "max": apart.max().item()},
+        "device": str(device),
+        "device_views_per_second": 1 / statistics.median(seconds),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+    if args.json:
+        print(json.dumps(facts))
+        return
+    print(
+        f"{len(chosen)} images, {args.img_size} pixels, "
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    )
+    print(f"\n{'--augment-on':22}{'images/s and core':>20}{'ratio':>8}")
+    for mode, s in workers.items():
+        print(f"{mode:22}{1 / s:20.0f}{workers['cpu'] / s:8.2f}")
+    print(f"\n{'decoding alone':22}{'images/s and core':>20}{'ratio':>8}")
+    for name, s in decoded.items():
+        print(f"{name:22}{1 / s:20.0f}{decoded['PIL'] / s:8.2f}")
+    print(f"\nthe two modes' views are {apart.mean():.2f} of 255 apart in the mean, {apart.max():.0f} at most")
+    print(f"the device's half, {device}: {facts['device_views_per_second']:.0f} views/s (an image is two views)")
+
+
+if __name__ == "__main__":
+    distributed.command(main, parse)

@@ -1,0 +1,296 @@
+"""Augmentation in two halves: the loading workers decode, crop and resize; the device does the rest, a batch at once.
+
+The recipe is the PIL pipeline's (`loader.augmentation`), whose steps are taken apart here. A worker makes a view's crop
+in uint8 and draws the parameters of its other steps by the very calls of the PIL pipeline, in its order: a view has the
+parameters of the PIL pipeline's view of the same seed, epoch and image. They travel beside the crop as a few numbers,
+and `Finish` applies them to whole batches. The host has them, so it knows which images a step concerns without asking
+the device.
+
+Each step is torchvision's (transforms.v2.functional on float tensors), up to rounding. PIL rounds to 8 bits after
+each step, turns hues by whole 256ths, and blurs by three box filters in place of a Gaussian kernel.
+"""
+
+import torch
+import torchvision
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms.v2 import functional as F
+
+from synco import loader
+from synco.distributed import to_device
+from synco.options import UserError
+
+BLUR_TAPS = 13  # the blur's kernel size: three standard deviations to both sides at the recipe's largest, 2 pixels
+
+
+def read(path):
+    """The image in a file as a uint8 tensor (3, H, W), with the pixels of `loader.read_image`.
+
+    JPEG files go through torchvision's decoder: it is libjpeg-turbo, as PIL's is, and makes the tensor without a copy.
+    Raises UserError that names a file which cannot be read.
+    """
+    try:
+        with Image.open(path) as image:  # reads the header only, and refuses monstrous sizes
+            # the decoder is deprecated since torchvision 0.29: PIL does as well, at 0.9 of the speed
+            if image.format != "JPEG" or not hasattr(torchvision.io, "decode_jpeg"):
+                return to_uint8(loader.read_image(path))
+        return torchvision.io.decode_jpeg(torchvision.io.read_file(path), mode=torchvision.io.ImageReadMode.RGB)
+    # PIL's word decides whether the file is good, and which is its fault
+    except (OSError, SyntaxError, ValueError, RuntimeError, IndexError, TypeError, Image.DecompressionBombError):
+        return to_uint8(loader.read_image(path))
+
+
+def to_uint8(image):
+    """A PIL image, or the uint8 tensor (3, H, W) that it is already, as a uint8 tensor (3, H, W)."""
+    return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+
+
+class Crop:
+    """The workers' half of an augmentation: image → (crop uint8 (3, S, S), parameters (P,) of the other steps).
+
+    augmentation: from `loader.augmentation`; image: PIL, or uint8 (3, H, W). Draws from torch's default generator.
+    Raises UserError that names a step of the augmentation which the device does not have.
+    """
+
+    def __init__(self, augmentation):
+        self.crop, self.steps = _apart(augmentation)
+
+    def __call__(self, image):
+        image, crop = to_uint8(image), self.crop
+        box = crop.get_params(image, crop.scale, crop.ratio)
+        view = F.resized_crop(image, *box, crop.size, crop.interpolation, antialias=True)  # v2's, which stays in uint8
+        return view, torch.tensor([number for step in self.steps for number in step.draw()])
+
+
+class Finish:
+    """The device's half: (crops, parameters), batches of what `Crop` makes → views (N, 3, S, S), normalised float32.
+
+    crops: uint8 (N, 3, S, S), on the CPU or the device already; parameters (N, P), on the CPU.
+    """
+
+    def __init__(self, augmentation, device):
+        self.steps, self.device = _apart(augmentation)[1], device
+
+    def __call__(self, crops, parameters):
+        x = crops.to(self.device, non_blocking=True).float().div_(255)
+        for step, part in zip(self.steps, parameters.split([len(step.neutral) for step in self.steps], dim=1)):
+            x = step(x, part)
+        return x
+
+
+class Finished:
+    """A loader of pairs of `Crop`s as one of finished views: items im_q, im_k (N, 3, S, S) on the device, index."""
+
+    def __init__(self, batches, finish):
+        self.batches, self.finish = batches, finish
+        self.batch_sampler, self.dataset = batches.batch_sampler, batches.dataset
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for q, k, index in self.batches:
+            yield self.finish(*q), self.finish(*k), index
+
+
+def _apart(augmentation):
+    """An augmentation's RandomResizedCrop, and its other steps as those of this file."""
+    crop, *others = _flat(augmentation)
+    if not isinstance(crop, transforms.RandomResizedCrop):
+        raise UserError(f"--augment-on device: the augmentation begins with {type(crop).__name__}, not with a crop")
+    steps = []
+    for step in others:
+        p, inner = (step.p, step.transforms[0]) if isinstance(step, transforms.RandomApply) else (None, step)
+        if type(inner) not in STEPS or (p is not None and len(step.transforms) > 1):
+            raise UserError(f"--augment-on device cannot do {type(inner).__name__}; leave it to --augment-on cpu")
+        made = STEPS[type(inner)](inner)
+        steps.append(made if p is None else _Sometimes(made, p))
+    return crop, steps
+
+
+def _flat(augmentation):
+    """The steps of nested Composes, but for ToTensor, which has been done."""
+    for step in augmentation.transforms:
+        if isinstance(step, transforms.Compose):
+            yield from _flat(step)
+        elif not isinstance(step, transforms.ToTensor):
+            yield step
+
+
+class _Sometimes:
+    """RandomApply: the step with probability p, else its neutral parameters."""
+
+    def __init__(self, step, p):
+        self.step, self.p, self.neutral = step, p, step.neutral
+
+    def draw(self):
+        return self.neutral if self.p < torch.rand(1) else self.step.draw()
+
+    def __call__(self, x, parameters):
+        return self.step(x, parameters)
+
+
+class Jitter:
+    """ColorJitter; parameters: the factors of brightness, contrast and saturation, the turn of the hue, the order."""
+
+    neutral = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0)
+    HUE = 3
+
+    def __init__(self, jitter):
+        self.jitter = jitter
+
+    def draw(self):
+        j = self.jitter
+        order, *drawn = j.get_params(j.brightness, j.contrast, j.saturation, j.hue)
+        return [kept if new is None else new for kept, new in zip(self.neutral, drawn)] + order.tolist()
+
+    def __call__(self, x, parameters):
+        factors, order = parameters[:, :4], parameters[:, 4:].long()
+        for part in order.unbind(1):  # (N,): which of the four comes now
+            factor = factors.gather(1, part[:, None]).squeeze(1)
+            own = torch.where(part == self.HUE, 1.0, factor)
+            x = mixed_with_gray(x, own, torch.where(part == 2, 1 - own, 0.0), torch.where(part == 1, 1 - own, 0.0))
+            x = _only(x, (part == self.HUE) & (factor != 0), turned_hue, factor)
+        return x
+
+
+class Grayscale:
+    """RandomGrayscale; parameter: 1 for gray, 0."""
+
+    neutral = (0.0,)
+
+    def __init__(self, grayscale):
+        self.p = grayscale.p
+
+    def draw(self):
+        return (float(torch.rand(1) < self.p),)
+
+    def __call__(self, x, parameters):
+        gray = parameters[:, 0]
+        return mixed_with_gray(x, 1 - gray, gray, torch.zeros_like(gray))
+
+
+class Blur:
+    """loader.GaussianBlur; parameter: the standard deviation in pixels, 0 for none."""
+
+    neutral = (0.0,)
+
+    def __init__(self, blur):
+        self.low, self.high = blur.low, blur.high
+
+    def draw(self):
+        return (torch.empty(1).uniform_(self.low, self.high).item(),)
+
+    def __call__(self, x, parameters):
+        sigma = parameters[:, 0]
+        return _only(x, sigma > 0, blurred, sigma)
+
+
+class Flip:
+    """RandomHorizontalFlip; parameter: 1 for flipped, 0."""
+
+    neutral = (0.0,)
+
+    def __init__(self, flip):
+        self.p = flip.p
+
+    def draw(self):
+        return (float(torch.rand(1) < self.p),)
+
+    def __call__(self, x, parameters):
+        return _only(x, parameters[:, 0] > 0, lambda chosen: chosen.flip(3))
+
+
+class Normalize:
+    """Normalize; no parameters."""
+
+    neutral = ()
+
+    def __init__(self, normalize):
+        self.mean, self.std = (torch.as_tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
+
+    def draw(self):
+        return ()
+
+    def __call__(self, x, parameters):
+        return x.sub_(to_device(self.mean, x.device)).div_(to_device(self.std, x.device))
+
+
+STEPS = {
+    transforms.ColorJitter: Jitter,
+    transforms.RandomGrayscale: Grayscale,
+    loader.GaussianBlur: Blur,
+    transforms.RandomHorizontalFlip: Flip,
+    transforms.Normalize: Normalize,
+}
+
+
+def _only(x, chosen, function, *parameters):
+    """x (N, 3, H, W) with function(images, their parameters) in the place of the chosen images alone.
+
+    chosen (N,), a mask, and parameters (N,) each, on the CPU.
+    """
+    index = chosen.nonzero().squeeze(1)
+    if not len(index):
+        return x
+    there = to_device(index, x.device)
+    parts = [to_device(p[index], x.device) for p in parameters]
+    return x.index_copy_(0, there, function(x.index_select(0, there), *parts))
+
+
+def mixed_with_gray(x, own, gray, mean):
+    """own · x + gray · L + mean · (mean of L), clamped to [0, 1], in place; L is the image in gray.
+
+    Brightness, contrast, saturation and grayscale are all of this form. x (N, 3, H, W) in [0, 1]; own, gray, mean
+    (N,), on the CPU.
+    """
+    own, gray, mean = to_device(torch.stack([own, gray, mean]), x.device)[:, :, None, None, None]  # (N, 1, 1, 1) each
+    L = (x[:, :1] * 0.2989).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:], alpha=0.114)  # (N, 1, H, W)
+    average = L.mean(dim=(1, 2, 3), keepdim=True)
+    return x.mul_(own).add_(L.mul_(gray).add_(mean * average)).clamp_(0, 1)
+
+
+def turned_hue(x, turn):
+    """Hues turned by a part of the circle in [-0.5, 0.5]; x (N, 3, H, W) in [0, 1], turn (N,).
+
+    Saturation and value of HSV stay: with h in sixths of the circle, and k = 5, 3, 1 for red, green, blue,
+
+        channel = max - (max - min) · clamp(min(j, 4 - j), 0, 1),   j = (k + h) mod 6
+    """
+    r, g, b = x.unbind(1)  # (N, H, W)
+    high = x.amax(dim=1)
+    range_ = high - x.amin(dim=1)
+    below = range_ + (range_ == 0)
+    h = torch.where(high == r, (g - b) / below, torch.where(high == g, 2 + (b - r) / below, 4 + (r - g) / below))
+    h += 6 * turn[:, None, None]
+    k = torch.tensor([5.0, 3.0, 1.0])
+    j = (to_device(k, x.device)[:, None, None] + h[:, None]).remainder_(6)  # (N, 3, H, W)
+    return high[:, None] - range_[:, None] * torch.minimum(j, 4 - j).clamp_(0, 1)
+
+
+def blurred(x, sigma, taps=BLUR_TAPS):
+    """Gaussian blur with a kernel of taps × taps and reflected borders; x (N, 3, H, W), sigma (N,) in pixels.
+
+    Blurring a row of pixels is a product with a matrix, and so is blurring a column: two batched products in all.
+    """
+    N, C, H, W = x.shape
+    x = torch.bmm(x.reshape(N, C * H, W), _blur_matrix(W, sigma, taps))
+    x = x.view(N, C, H, W).transpose(2, 3).reshape(N, C * W, H)
+    return torch.bmm(x, _blur_matrix(H, sigma, taps)).view(N, C, W, H).transpose(2, 3)
+
+
+def _blur_matrix(size, sigma, taps):
+    """(N, size, size): how much of pixel i is in blurred pixel j: directly, and by reflection at both ends."""
+    reach = taps // 2
+    if size <= reach:
+        raise ValueError(f"{size} pixels cannot be blurred with a kernel of {taps}")
+    s = sigma[:, None, None]
+
+    def weight(distance):
+        return torch.exp(-((distance / s) ** 2) / 2) * (distance.abs() <= reach)
+
+    i = torch.arange(size, device=sigma.device, dtype=sigma.dtype)[:, None]
+    j = i.T
+    total = weight(torch.arange(-reach, reach + 1, device=sigma.device)[None]).sum(dim=2, keepdim=True)
+    mirrored = weight(i + j) * (i > 0) + weight(2 * (size - 1) - i - j) * (i < size - 1)
+    return (weight(i - j) + mirrored) / total

@@ -1,0 +1,91 @@
+"""How the networks compute: in which precision and memory layout, and compiled or not (`options.add_speed`)."""
+
+import torch
+
+from synco import metrics
+from synco.options import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast, loss scaling and layout on a device. The loss head is not concerned: it computes in float32.
+
+    amp: "off", "bf16" or "fp16"; tf32: whether float32 products and convolutions may use TensorFloat-32 (None:
+    torch's own choice, convolutions only), for the whole process.
+    Raises UserError where the device cannot do what is asked.
+
+    `scaler` scales the loss so that fp16 gradients do not vanish; else it does nothing. Its state is part of a run.
+    """
+
+    def __init__(self, device, amp="off", *, channels_last=False, tf32=None):
+        if amp == "fp16" and device.type != "cuda":
+            raise UserError("--amp fp16 needs a GPU, and this run is on the CPU; --amp bf16 and off work there")
+        if amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or off")
+        self.device, self.dtype = device, DTYPES.get(amp)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        if tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+
+    def autocast(self):
+        """Around the forward pass."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def place(self, x):
+        """A module or a batch of images on the device, in the layout; the host does not wait for the copy."""
+        return x.to(self.device, non_blocking=True, memory_format=self.layout)
+
+    def backward(self, loss, optimizer, parameters, clip=None):
+        """Put a loss's gradient into the parameters, cut down to the norm `clip` → its norm before, a 0-dim tensor.
+
+        optimizer: the parameters'. With fp16 a gradient that is not finite counts as 0: `step` leaves it out.
+        """
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else metrics.gradient_norm(parameters)
+        return norm.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else norm
+
+    def step(self, optimizer):
+        """The optimiser's step, left out by fp16's scaler where a gradient is not finite."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def check(self):
+        """Raise FloatingPointError if the scaler has left step after step out. Reads from the device."""
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        if scale < 1e-6:
+            raise FloatingPointError(
+                f"--amp fp16: the gradient is not finite, even of a loss that is scaled by {scale:g}"
+            )
+
+    def state(self):
+        """What a checkpoint is to hold: {"scaler": ...} with fp16, else nothing."""
+        return {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+
+    def resume(self, checkpoint, path):
+        """Take the scaler's state from a checkpoint, if both have one. Raises UserError if it is none."""
+        state = checkpoint.get("scaler")
+        if state is None or not self.scaler.is_enabled():
+            return
+        mine = self.scaler.state_dict()
+        numbers = isinstance(state, dict) and all(isinstance(state.get(name), type(mine[name])) for name in mine)
+        if not numbers or not 0 < state["scale"] < float("inf"):
+            raise UserError(f"{path}: its scaler state does not fit")
+        self.scaler.load_state_dict(state)
+
+
+def compile_encoders(model, device):
+    """Have torch.compile make the encoders faster, in place: their names, and so the checkpoints', stay as they are.
+
+    Raises UserError where the device or the compiler cannot.
+    """
+    try:  # a few operations show whether there is a compiler that works
+        torch.compile(lambda x: (x.sin() * 2).sum())(torch.ones(64, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+        why = lines[0] if lines else type(error).__name__
+        raise UserError(f"--compile cannot work here: {why}") from error
+    model.encoder_q.compile()
+    model.encoder_k.compile()

@@ -1,0 +1,239 @@
+import os
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import ImageFolder
+
+from synco import index
+from synco.options import UserError
+
+LONG_AGO = 1_500_000_000
+
+
+def touch(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def settle(folder):
+    """Let every folder seem to have been left alone for long."""
+    for place, _, _ in os.walk(folder, followlinks=True):
+        os.utime(place, (LONG_AGO, LONG_AGO))
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A folder of images of three classes with all that such a folder may hold; small ones are worth a cache here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index, "WORTH_IT", 1)
+    folder = tmp_path / "data" / "train"
+    for (
+        name
+    ) in "b/2.jpg b/10.JPEG b/1.png b/sub/z.jpg b/sub/a.jpg b/sub-x/a.jpg b/sub/deep/q.webp a/x.jpg c/é ü.jpg".split(
+        " "
+    ):
+        touch(folder / name)
+    for name in ("b/notes.txt", "b/sub/.hidden", "c/.jpg", "readme.jpg", "a/x.jpg.tmp"):
+        touch(folder / name)
+    (tmp_path / "elsewhere").mkdir()
+    touch(tmp_path / "elsewhere" / "linked.jpg")
+    (folder / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "d").symlink_to(tmp_path / "elsewhere")
+    with open(os.fsencode(folder) + b"/c/\xff.jpg", "wb"):
+        pass
+    settle(folder)
+    return folder
+
+
+def fails(*_):
+    raise AssertionError("the folder was listed again")
+
+
+def same(found, expected):
+    return (
+        list(found) == list(expected)
+        and found.classes == expected.classes
+        and np.array_equal(found.targets(), expected.targets())
+    )
+
+
+def test_it_is_torchvisions_list(tree):
+    expected = ImageFolder(str(tree))
+    for _ in range(2):  # listed, then from the cache
+        found = index.of(str(tree))
+        assert [os.path.join(tree, name) for name in found] == [path for path, _ in expected.samples]
+        assert [found[i] for i in range(len(found))] == list(found)
+        assert found.targets().tolist() == expected.targets and found.classes == expected.classes == list("abcd")
+        for outside in (-1, len(found)):
+            with pytest.raises(IndexError):
+                found[outside]
+
+
+def test_the_second_start_lists_nothing_and_maps_the_file(tree, monkeypatch):
+    first = index.of(str(tree))
+    monkeypatch.setattr(index, "scan", fails)
+    second = index.of(str(tree))
+    assert same(second, first)
+    assert os.listdir(index.cache_folder()) and not [name for name in os.listdir(tree) if "index" in name]
+    if os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps") as maps:
+            assert index._store(str(tree)) in maps.read()
+    link = tree.parent / "other name"
+    link.symlink_to(tree)
+    assert same(index.of(str(link)), first)
+
+
+def add(tree):
+    touch(tree / "b" / "3.jpg")
+
+
+def add_deep(tree):
+    touch(tree / "b" / "sub" / "deep" / "r.jpg")
+
+
+def remove(tree):
+    os.remove(tree / "b" / "2.jpg")
+
+
+def rename(tree):
+    os.rename(tree / "a" / "x.jpg", tree / "a" / "y.jpg")
+
+
+def add_class(tree):
+    touch(tree / "e" / "1.jpg")
+
+
+def add_behind_a_link(tree):
+    touch(tree.parent.parent / "elsewhere" / "2.jpg")
+
+
+def replace_class(tree):
+    """By one of the same age, as a copy has it; the folder that holds the classes gets its age back, too."""
+    os.rename(tree / "b", tree.parent / "old b")
+    touch(tree / "b" / "other.jpg")
+    settle(tree)
+
+
+@pytest.mark.parametrize(
+    "change", [add, add_deep, remove, rename, add_class, add_behind_a_link, replace_class], ids=lambda f: f.__name__
+)
+def test_a_changed_folder_is_listed_again(tree, change):
+    before = list(index.of(str(tree)))
+    change(tree)
+    found = index.of(str(tree))
+    assert list(found) != before
+    assert [os.path.join(tree, name) for name in found] == [path for path, _ in ImageFolder(str(tree)).samples]
+
+
+def test_a_folder_that_was_just_written_to_is_not_stored(tree):
+    """A file that comes within the clock's tick would leave the folder's time as it is."""
+    add(tree)
+    assert "b/3.jpg" in index.of(str(tree)) and not os.path.exists(index._store(str(tree)))
+    settle(tree)
+    index.of(str(tree))
+    assert os.path.exists(index._store(str(tree)))
+
+
+def test_small_folders_are_not_stored(tree, monkeypatch):
+    monkeypatch.setattr(index, "WORTH_IT", 1000)
+    index.of(str(tree))
+    assert not os.path.exists(index._store(str(tree)))
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def rewritten(change):
+    def damage(path):
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
+
+    return damage
+
+
+def truncated(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def hostile(path):
+    with open(path, "wb") as file:
+        pickle.dump(Trap(), file)
+
+
+def garbage(path):
+    with open(path, "wb") as file:
+        file.write(b"\x80\x02garbage")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        hostile,
+        garbage,
+        rewritten(lambda content: content.pop("mtimes")),
+        rewritten(lambda content: content.update(format=0)),
+        rewritten(lambda content: content.update(folder="/elsewhere")),
+        rewritten(lambda content: content["offsets"][3:].fill_(10**9)),
+        rewritten(lambda content: content["offsets"][3].fill_(0)),
+        rewritten(lambda content: content["starts"][-1:].add_(1)),
+        rewritten(lambda content: content.update(files=content["files"][:-1])),
+        rewritten(lambda content: content.update(offsets=content["offsets"].float())),
+        rewritten(lambda content: content.update(classes=content["classes"][:-1])),
+        rewritten(lambda content: content.update(classes=[1, 2, 3, 4])),
+        rewritten(lambda content: content.update(folders=None)),
+    ],
+)
+def test_a_damaged_file_in_the_cache_is_made_anew(tree, damage, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    expected, store = index.of(str(tree)), index._store(str(tree))
+    expected = index.Index(expected.classes, *(x.copy() for x in (expected.starts, expected.offsets, expected.files)))
+    damage(store)
+    assert same(index.of(str(tree)), expected) and not os.path.exists("trapped")
+    monkeypatch.setattr(index, "scan", fails)
+    assert same(index.of(str(tree)), expected)
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(tree, monkeypatch, tmp_path):
+    touch(tmp_path / "file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(index.of(str(tree))) == len(ImageFolder(str(tree)))
+
+
+def test_of_several_that_start_at_once_one_lists_the_folder(tree, monkeypatch):
+    scan, scans = index.scan, []
+
+    def slow(folder):
+        scans.append(folder)
+        time.sleep(0.3)
+        return scan(folder)
+
+    monkeypatch.setattr(index, "scan", slow)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(list(index.of(str(tree))))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(scans) == 1 and len(found) == 4 and all(names == found[0] for names in found)
+
+
+def test_folders_without_images_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"none: cannot be listed \(No such file or directory\)"):
+        index.of(str(tmp_path / "none"))
+    (tmp_path / "t").mkdir()
+    touch(tmp_path / "t" / "1.jpg")
+    with pytest.raises(UserError, match="t: holds no class folders; it should hold CLASS/IMAGE"):
+        index.of(str(tmp_path / "t"))
+    touch(tmp_path / "t" / "full" / "1.jpg")
+    for name in "abcde":
+        touch(tmp_path / "t" / name / "1.txt")
+    with pytest.raises(UserError, match="t: no images in a, b, c and 2 more; it should hold CLASS/IMAGE"):
+        index.of(str(tmp_path / "t"))

@@ -1,0 +1,321 @@
+"""Precision, layout and compilation: the same results within their tolerance, and no read from the device."""
+
+import functools
+import json
+import os
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT, SMALL, command, make_images
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from synco import checkpoint, classify, datasets, loader, metrics, precision
+from synco.builder import SynCo, encode
+from synco.distributed import Process
+from synco.options import UserError
+from synco.precision import Precision, compile_encoders
+
+CPU = torch.device("cpu")
+CALM = "-a resnet18 --moco-t 0.5 --lr 0.01".split()  # a run that does not blow rounding up
+
+
+def losses(folder):
+    with open(folder / "log.jsonl") as lines:
+        return torch.tensor([line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"])
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """runs(flags ...) → the folder of such a run of two epochs; each is run once."""
+    import main_synco
+    from synco import distributed
+
+    made = {}
+
+    def run(*flags):
+        if flags not in made:
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("sys.argv", ["main_synco.py", *SMALL, *CALM, *flags, "--save-dir", str(folder), data])
+                distributed.launch(main_synco.run, main_synco.parse)
+            made[flags] = folder
+        return made[flags]
+
+    return run
+
+
+@pytest.mark.parametrize("flags, tolerance", [(("--amp", "bf16"), 0.02), (("--channels-last",), 0.005)])
+def test_a_fast_run_is_the_plain_one_within_the_documented_tolerance(runs, flags, tolerance):
+    plain, fast = runs(), runs(*flags)
+    torch.testing.assert_close(losses(fast), losses(plain), rtol=tolerance, atol=0)
+    assert not torch.equal(losses(fast), losses(plain))  # it did compute otherwise
+    expected, found = (checkpoint.load(f"{folder}/checkpoint_0001.pth.tar") for folder in (plain, fast))
+    assert found.keys() == expected.keys() and list(found["state_dict"]) == list(expected["state_dict"])
+    for name, tensor in expected["state_dict"].items():
+        assert found["state_dict"][name].dtype == tensor.dtype and found["state_dict"][name].shape == tensor.shape
+
+
+def test_augmentation_on_the_device_is_the_same_run_but_for_rounding(runs, capsys):
+    plain = runs()
+    capsys.readouterr()
+    torch.testing.assert_close(losses(runs("--augment-on", "device")), losses(plain), rtol=0.05, atol=0)
+    assert "warning: --augment-on device is meant for GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, flags, told",
+    [
+        ("main_synco", "--amp fp16", "--amp fp16 needs a GPU, and this run is on the CPU; --amp bf16 and off"),
+        ("main_lincls", "--amp fp16 --pretrained random", "--amp fp16 needs a GPU"),
+        ("main_semisup", "--amp fp16 --pretrained random --train-percent 10 --weights finetune --lr-backbone 0.1 "
+         "--lr-classifier 0.1", "--amp fp16 needs a GPU"),
+        ("main_synco", "--amp bf17", "argument --amp: invalid choice: 'bf17'"),
+        ("main_synco", "--augment-on device --aug-heavy", "--augment-on device cannot do --aug-heavy's RandAugment"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(programs, data, tmp_path, script, flags, told):
+    status, _, err = programs(script, "-a", "resnet18", *flags.split(), "--save-dir", tmp_path / "run", data)
+    assert status == 2 and told in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_gpu_without_bf16_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    with pytest.raises(UserError, match="--amp bf16: Old GPU has no bf16; use fp16 or off"):
+        Precision(torch.device("cuda"), "bf16")
+
+
+def test_tf32_is_for_products_and_convolutions_alike():
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for asked in (True, False):
+            Precision(CPU, tf32=asked)
+            assert [setting.allow_tf32 for setting in settings] == [asked, asked]
+        settings[1].allow_tf32 = True
+        Precision(CPU)
+        assert [setting.allow_tf32 for setting in settings] == [False, True]  # left as they were
+    finally:
+        for setting, value in zip(settings, before):
+            setting.allow_tf32 = value
+
+
+def small_network(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, num_classes),
+    )
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    counts = {"n_hard": 16, "n1": 3, "n2": 3, "n3": 3, "n4": 3, "n5": 3, "n6": 3}
+    return SynCo(small_network, 8, 64, T=0.2, mlp=False, warmup_epochs=0, **{**counts, **settings})
+
+
+def test_the_head_computes_in_float32_whatever_is_around_it():
+    model = small()
+    q, k = (F.normalize(torch.randn(5, 8), dim=1) for _ in range(2))
+    slots, weights = torch.arange(5), torch.randn(5, 1 + 64 + 18)
+
+    def head():
+        variable = q.clone().requires_grad_()
+        logits = model.logits(variable, k, slots, model.counts, torch.Generator().manual_seed(1))
+        (logits * weights).sum().backward()
+        return logits.detach(), variable.grad
+
+    expected = head()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = head()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"bn_splits": 2}, {"symmetric": True}])
+def test_a_step_under_autocast(settings):
+    """The encoders' part is rounded to bf16, and the queue and the logits are not."""
+    images = torch.randn(2, 4, 3, 9, 9)
+    plain, fast = small(**settings), small(**settings)
+    expected, _ = plain(*images, step=1)
+    with Precision(CPU, "bf16").autocast():
+        found, _ = fast(*images, step=1)
+    assert found.dtype == fast.queue.dtype == torch.float32
+    torch.testing.assert_close(found[:, :65], expected[:, :65], atol=0.2, rtol=0)  # q·k / 0.2: 0.04 of q·k
+    assert not torch.equal(found, expected)
+    assert (fast.queue.norm(dim=1) - 1).abs().max() < 1e-6
+    F.cross_entropy(found, torch.zeros(len(found), dtype=torch.long)).backward()
+    assert all(w.grad.dtype == torch.float32 for w in fast.encoder_q.parameters())
+
+
+def test_a_scaled_loss_gives_the_same_training(data):
+    """Scaling by a power of two and back loses nothing where nothing over- or underflows."""
+    views = loader.Augmented(datasets.image_folder(data, "train"), loader.classifier_augmentation(16), 3)
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        torch.manual_seed(0)
+        network = small_network(3)
+        how = Precision(CPU)
+        how.scaler = scaler or how.scaler
+        batches = loader.train_loader(views, 8, process=Process(), workers=0, seed=3)
+        classify.train(
+            network, batches, torch.optim.SGD(network.parameters(), 0.1), 0,
+            process=Process(), seed=3, print_freq=10, report=lambda *_: None, precision=how,
+        )  # fmt: skip
+        weights.append(nn.utils.parameters_to_vector(network.parameters()).detach())
+    assert torch.equal(*weights)
+
+
+def scaling(scale):
+    how = Precision(CPU)
+    how.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return how
+
+
+def test_the_scaler_goes_on_where_it_was():
+    first, second = scaling(512.0), scaling(8.0)
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 0.1)
+    for _ in range(3):  # an overflow halves the scale
+        optimizer.zero_grad()
+        first.scaler.scale(weight * torch.inf).sum().backward()
+        first.scaler.step(optimizer)
+        first.scaler.update()
+    assert weight.item() == 1 and first.state()["scaler"]["scale"] == 64.0
+    second.resume(first.state(), "x.tar")
+    assert second.state() == first.state()
+    assert Precision(CPU).state() == {}  # nothing to store where nothing scales
+    Precision(CPU).resume(first.state(), "x.tar")
+    second.resume({}, "x.tar")
+    assert second.state() == first.state()
+
+
+@pytest.mark.parametrize("state", [3, {}, {"scale": "large"}, {"scale": float("nan")}, {"scale": 0.0}, {"scale": -1.0}])
+def test_a_scaler_state_that_is_none_is_refused(state):
+    whole = scaling(8.0).state()["scaler"]
+    state = whole | state if isinstance(state, dict) and state else state
+    with pytest.raises(UserError, match="x.tar: its scaler state does not fit"):
+        scaling(8.0).resume({"scaler": state}, "x.tar")
+
+
+def test_compiled_encoders_keep_their_names_and_numbers(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, compiled = small(), small()
+    compile_encoders(compiled, CPU)
+    images = torch.randn(2, 4, 3, 9, 9)
+    logits = []
+    for model in (plain, compiled):
+        for step in range(2):
+            found, labels = model(*images, step=step)
+            F.cross_entropy(found, labels).backward()
+        logits.append(found)
+    torch.testing.assert_close(logits[1], logits[0])
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for ours, theirs in zip(compiled.state_dict().values(), plain.state_dict().values()):
+        torch.testing.assert_close(ours, theirs)
+    for model in (plain, compiled):
+        model.eval()
+    features = [encode(model.encoder_q, model.head, images[0]) for model in (compiled, plain)]
+    torch.testing.assert_close(*features)  # kNN hooks into the network
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch, program, data, tmp_path):
+    def fails(function):
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler\n\nmore lines")
+
+    monkeypatch.setattr(precision.torch, "compile", fails)
+    status, _, err = program(*SMALL, "--compile", "--save-dir", tmp_path / "run", data)
+    assert status == 2 and not (tmp_path / "run").exists()
+    assert err == "main_synco.py: error: --compile cannot work here: InvalidCxxCompiler: No working C++ compiler\n"
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device."""
+
+    WAITING = [torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select]
+    WAITING += [torch.ops.aten.equal, torch.ops.aten._unique2]
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in self.WAITING
+        return function(*args, **(kwargs or {}))
+
+
+EVERY = "--symmetric --mask-same-image --clip-grad 5 --bn-splits 2 --amp bf16 --channels-last --lr-warmup-epochs 1"
+
+
+@pytest.mark.parametrize("flags", ["", EVERY])
+def test_only_print_steps_read_from_the_device(program, tmp_path, monkeypatch, flags):
+    """Counted from the accounts of one step to those of the next; the images come from a worker process."""
+    make_images(tmp_path / "data" / "train", classes=3, images=14)
+    add, counts = metrics.Averages.add, []
+
+    def count(self, **values):
+        counts.append(reads.count)
+        add(self, **values)
+
+    def counted(method, tensor, *args, **kwargs):
+        reads.count += 1
+        return method(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(metrics.Averages, "add", count)
+    for name in ("tolist", "item", "cpu", "numpy"):  # which on a CPU need no operation
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, method=method, **named: counted(method, *args, **named))
+    with Reads() as reads:
+        status, _, err = program(
+            *SMALL, *flags.split(), *"-j 1 -p 3 --epochs 1 --warmup-epochs 0".split(),
+            "--save-dir", tmp_path / "run", tmp_path / "data",
+        )  # fmt: skip
+    assert status == 0, err
+    found = [after - before for before, after in zip(counts, counts[1:])]
+    assert len(found) == 4 and found[1] == found[2] == 0  # steps 0 and 3 print, after their accounts
+    assert found[0] > 0  # the test does see the reads of a print step
+
+
+ON_A_GPU = """
+import sys
+import torch
+import main_synco
+from synco import distributed, metrics
+
+add, read = metrics.Averages.add, metrics.Averages.read
+
+def strict(self, **values):
+    add(self, **values)
+    torch.cuda.set_sync_debug_mode("error")
+
+def free(self, reduce):
+    torch.cuda.set_sync_debug_mode("default")
+    return read(self, reduce)
+
+metrics.Averages.add, metrics.Averages.read = strict, free
+distributed.launch(main_synco.run, main_synco.parse)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/nvidia0"), reason="needs a GPU")
+@pytest.mark.parametrize("flags", ["", "--amp fp16 --clip-grad 5", EVERY, "--augment-on device"])
+def test_a_gpu_refuses_reads_in_other_steps(tmp_path, flags):
+    """torch raises an error where the host waits for the GPU between two steps that do not print."""
+    make_images(tmp_path / "data" / "train", classes=3, images=14)
+    (tmp_path / "strict.py").write_text(ON_A_GPU)
+    run = command(
+        tmp_path / "strict.py", *SMALL, *flags.split(), *"-j 1 -p 3 --epochs 1 --warmup-epochs 0".split(),
+        "--save-dir", tmp_path / "run", tmp_path / "data",
+        env={"CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
