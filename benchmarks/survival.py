@@ -122,14 +122,22 @@ def unequal(a, b, where=""):
     return [place for key in a for place in unequal(a[key], b[key], f"{where}.{key}" if where else str(key))]
 
 
-def left_behind(folder):
-    """The processes whose command line names this folder."""
+def left_behind(folder, session=None):
+    """The processes whose command line names this folder, and those of a session."""
     found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-            if folder.encode() in file.read() and int(pid) != os.getpid():
-                found.append(int(pid))
+            named = folder.encode() in file.read()
+            if pid != os.getpid() and (named or os.getsid(pid) == session) and state(pid)[0] != "Z":
+                found.append(pid)
     return found
+
+
+def state(pid):
+    """(the letter of a process's state, its parent)."""
+    with open(f"/proc/{pid}/stat") as file:
+        letter, parent = file.read().rpartition(")")[2].split()[:2]
+    return letter, int(parent)
 
 
 def interrupt(command, folder, output, seconds, rng, number, times):
@@ -140,8 +148,14 @@ def interrupt(command, folder, output, seconds, rng, number, times):
     """
     found = []
     for _ in range(rng.randint(1, times)):
+        before = os.path.getsize(output) if os.path.exists(output) else 0
         process = start(command, output)
-        time.sleep(rng.uniform(0.25, 1) * seconds)
+        if number == signal.SIGKILL:
+            time.sleep(rng.uniform(0.25, 1) * seconds)
+        else:  # a warning ends a program that is still starting as it does any other
+            while os.path.getsize(output) == before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.6) * seconds)
         if process.poll() is not None:
             break
         began = time.monotonic()
@@ -197,7 +211,7 @@ def one_rank_killed(data, folder, rng):
     while not os.path.exists(within):
         time.sleep(0.05)
     time.sleep(rng.uniform(0, 2))
-    ranks = [pid for pid in left_behind(place) if parent(pid) == process.pid]
+    ranks = [pid for pid in left_behind(place) if state(pid)[1] == process.pid]
     os.kill(rng.choice(ranks), signal.SIGKILL)
     status = process.wait()
     found = differences(calm, place)
@@ -205,12 +219,6 @@ def one_rank_killed(data, folder, rng):
         resumed = file.read().count("resumed   ")
     result = f"status {status}, {resumed} restart, {'identical' if not found else 'different'}"
     return row("torchrun --max-restarts 3, a rank killed once", result, status == 0 and not found and resumed, found)
-
-
-def parent(pid):
-    """The parent process of a process."""
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[1])
 
 
 def damage(path, content, kind, rng):
@@ -272,7 +280,7 @@ def full_disk(data, folder, rng):
     """A run whose disk fills up: on a tmpfs of a few MB where one may be mounted, else with a limit on file sizes."""
     place = os.path.join(folder, "full")
     os.makedirs(place)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", place], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "none", place], capture_output=True)
     if mounted.returncode:
         return row("full disk", "not measured: no tmpfs may be mounted here", True)
     try:
@@ -370,6 +378,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--runs", type=int, default=20, help="runs that are interrupted in each way (default: 20)")
+    parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=PROGRAMS, help="(default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the damage")
     parser.add_argument("--folder", help="an empty folder to work in (unset: a temporary one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -382,20 +391,19 @@ def main():
         data = os.path.join(folder, "data")
         make_data(data)
         jobs = []
+        jobs += [(cost, folder)] * ("cost" in args.parts) + [(agreement, folder)] * ("agreement" in args.parts)
         for kind in ("kill", "term"):
             for program, processes in (("pretraining", 1), ("pretraining", 2), ("probe", 1), ("fine-tuning", 2)):
                 runs = -(-args.runs // 2) if program == "pretraining" else args.runs  # half with each number
-                if kind in args.parts:
+                if kind in args.parts and program in args.programs:
                     jobs.append((disturbed, kind, program, processes, data, folder, runs, rng))
         jobs += [(one_rank_killed, data, folder, rng)] * ("torchrun" in args.parts)
         if "damaged" in args.parts or "disk" in args.parts:
             calm = os.path.join(folder, "calm-pretraining-1")
-            if not jobs or "kill" not in args.parts and "term" not in args.parts:
-                finish(words("pretraining", data, calm), calm + ".txt")
+            finish(words("pretraining", data, calm), calm + ".txt")
             last = os.path.join(calm, "checkpoint_0001.pth.tar")
             jobs += [(damaged, last, folder, 200, rng)] * ("damaged" in args.parts)
             jobs += [(full_disk, data, folder, rng)] * ("disk" in args.parts)
-        jobs += [(cost, folder)] * ("cost" in args.parts) + [(agreement, folder)] * ("agreement" in args.parts)
         for job, *arguments in jobs:
             done = job(*arguments)
             rows.append(done)

@@ -304,19 +304,18 @@ def _enter(worker, args, process, connect, launched=False):
             status = 1
         else:
             failures = 0 if store is None else _failures(store, 0)
-            if failures == 0 and (process.world_size == 1 or not GONE.search(str(error))):
-                raise
-            gone = guard.gone() if failures == 0 else []
-            if failures == 0 and gone == [] and not survival.warned():
-                raise
-            if failures is None or gone is None:
+            if failures == 0:
+                if process.world_size == 1 or not GONE.search(str(error)):
+                    raise
+                if not guard.settle(lambda: _failures(store, 0)):
+                    raise
+                failures = _failures(store, 0)
+            if failures is None:
                 _report("lost the process that holds the others together; its own message says why")
-            elif gone and process.rank == min(set(range(process.world_size)) - set(gone)):
-                _report(f"lost {survival.ranks(gone)}; the run can go on from its last checkpoint")
             # This process lost a peer to the peer's own end, which the peer or its launcher reports. The launcher is to
             # see the peer's end and status first, and ends this process then.
             time.sleep(5)
-            status = 2 if failures else 1
+            status = 1 if failures == 0 else 2
     finally:
         _begun.clear()
         survival.unlock()

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import math
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import shlex
 import signal
@@ -66,6 +66,7 @@ def passing_on(start):
 
     None is lost: a warning is held back while they start, and the children hold it back until they are `listening`.
     """
+    multiprocessing.resource_tracker.ensure_running()  # which would let SIGTERM through when it is started
     _mask(signal.SIG_BLOCK)
     started = start()
 
@@ -76,6 +77,8 @@ def passing_on(start):
                 os.kill(child.pid, number)
 
     before = {number: signal.signal(number, forward) for number in WARNINGS}
+    for number in list(_heard):  # by this process alone, when there were no others yet
+        forward(number, None)
     _mask(signal.SIG_UNBLOCK)
     try:
         yield started
@@ -224,22 +227,18 @@ class Guard(threading.Thread):
         sys.stdout.flush()
         os._exit(1)
 
-    def gone(self):
-        """The ranks that give no sign of life, after a collective has failed; None where the store has gone too.
+    def settle(self, failures):
+        """After a collective has failed: wait until the guard ends this process, because another one has gone.
 
-        Takes two pulses, or ends with [] when this process is warned: then its launcher knows, and says it.
+        Returns True where the others or the launcher say what happened: failures() counts the processes that reported
+        an error, None where the store has gone; a launcher warns. False if nobody is missing: then it is a bug.
         """
-        names = {rank: _life(rank) for rank in range(self.process.world_size) if rank != self.process.rank}
-        try:
-            before = {rank: self.store.get(name) for rank, name in names.items() if self.store.check([name])}
-            until = time.monotonic() + 2 * self.pulse + self.INTERVAL
-            while time.monotonic() < until:
-                if _heard:
-                    return []
-                time.sleep(0.1)
-            return [rank for rank in names if rank not in before or self.store.get(names[rank]) == before[rank]]
-        except RuntimeError:
-            return None
+        until = time.monotonic() + self.seconds + 3 * self.pulse
+        while time.monotonic() < until:
+            if _heard or failures() != 0:
+                return True
+            time.sleep(0.2)
+        return False
 
     def finish(self, done):
         """Stop guarding. done: the others need no further sign of life from here, and none is missing."""

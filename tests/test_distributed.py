@@ -394,7 +394,7 @@ def test_an_interrupted_program_says_so_in_one_line(launch, flags):
 
 def test_a_worker_that_is_killed_is_said(launch):
     status, _, err = launch(*SPAWN, "--nproc-per-node", "2", "--fail", "kill", "--on", "1")
-    assert status == 1 and err == "program.py: error: process 1 terminated with signal SIGKILL\n"
+    assert status == 1 and err == "program.py: error: rank 1 was ended by SIGKILL\n"
 
 
 def test_a_taken_port_is_said(launch):
