@@ -54,8 +54,8 @@ PANELS = (
     ("Probe and fine-tuning: accuracy", "top-1 [%]", {"val_top1": "val", "train_top1": "train"}),
 )
 STYLES = ("solid", "dashed", "dotted")
-# Okabe and Ito's colours, which the colour-blind tell apart, without the yellow, which is faint on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# also for the colour-blind: Okabe and Ito's without the yellow, which is faint on white, and three of Paul Tol's
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999999", "#332288")
 MARKERS = "osD^vP*X<>p"
 POINTS = 200  # at most so many on a curve; more are averaged
 
@@ -350,7 +350,7 @@ def new_figure(size):
 
 
 def look(i):
-    """Colour and marker of the i-th group or class; 77 of them differ."""
+    """Colour and marker of the i-th group or class; 110 of them differ."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 

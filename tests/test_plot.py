@@ -240,8 +240,8 @@ def test_the_band_of_several_seeds(tmp_path):
     assert figure.legends[0].get_texts()[0].get_text() == "x (2 runs)"
 
 
-def test_the_colours_and_markers_tell_77_groups_apart():
-    assert len({tuple(plot.look(i).values()) for i in range(77)}) == 77
+def test_the_colours_and_markers_tell_110_groups_apart():
+    assert len({tuple(plot.look(i).values()) for i in range(110)}) == 110
 
 
 def test_without_matplotlib(tool, tmp_path, monkeypatch):
