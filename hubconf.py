@@ -19,7 +19,7 @@ def _entry(arch):
         if num_classes is not None and num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; give 0 or None for features, or a number of outputs")
         if checkpoint is None:
-            network = _builder.torchvision_network(arch, 224)(num_classes=1000)
+            network = _builder.network_of(arch, 224)(num_classes=1000)
             head = _builder.head_name(network, 1000)
         else:
             network, head, _ = _export.load(checkpoint, arch)

@@ -12,11 +12,12 @@ On one GPU, or on a CPU for trying it out (torchrun --nproc-per-node N works too
     --n1 16 --n2 16 --n3 16 --n4 4 --n5 4 --n6 4 --mlp --moco-t 0.2 --aug-plus --cos \\
     --knn-freq 1 --save-dir runs/try FOLDER
 
-DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE. Writes checkpoint_0000.pth.tar ..., config.json,
+DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE; or it is where the data set lies that --dataset
+names (and --download fetches). Writes checkpoint_0000.pth.tar ..., config.json,
 log.jsonl and TensorBoard files.
 """
 
-import copy
+import itertools
 import math
 import os
 
@@ -24,33 +25,43 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from synco import checkpoint, distributed, knn, loader, metrics, options
-from synco.builder import SynCo, fitting, torchvision_network, try_images
+from synco import checkpoint, datasets, distributed, knn, loader, metrics, options
+from synco.builder import SynCo, fitting, network_of, try_images
 from synco.distributed import say
 from synco.negatives import TYPES
 from synco.options import UserError, number
 
+BEST = "model_best_knn.pth.tar"
 # flags that may differ between a run and its continuation without a word
-UNRELATED = options.UNRELATED | {"save_freq", "keep", "knn_freq", "knn_k", "counts"}
+UNRELATED = options.UNRELATED | {"save_freq", "keep", "knn_freq", "knn_k", "knn_train", "save_best", "counts"}
 
 
 def parse():
     parser = options.Parser(__doc__)
     options.add_data(parser)
-    options.add_run(parser, epochs=200, batch_size=256, save_dir="./")
+    options.add_run(parser, epochs=200, batch_size=256, save_dir="./", steps=True)
     options.add_distributed(parser)
     flag = parser.add_argument
     flag("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
     flag("--schedule", default=[120, 160], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
     flag("--cos", action="store_true", help="cosine schedule in place of --schedule")
+    flag("--lr-min", default=0.0, type=number(float, 0), help="what the cosine ends at")
+    flag("--lr-warmup-epochs", default=0, type=options.length, help="first epochs (or steps: 2500s) of linear warm-up")
+    flag("--lr-warmup", default=0.0, type=number(float, 0), help="what the linear warm-up starts from")
+    flag("--optimizer", default="sgd", choices=("sgd", "adamw"), help="adamw: no decay on norms and biases")
     flag("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
     flag("--wd", "--weight-decay", default=1e-4, type=number(float, 0), dest="weight_decay", help="weight decay")
+    flag("--clip-grad", type=number(float, above=0), metavar="NORM", help="largest norm of the gradient")
     flag("--aug-plus", action="store_true", help="MoCo v2's augmentation in place of v1's")
-    flag("--blur", action="store_true", help="with --aug-plus: blur crops below 64 pixels too")
+    flag("--aug-heavy", action="store_true", help="RandAugment and random erasing, in place of MoCo's augmentation")
+    flag("--blur", action="store_true", help="with --aug-plus, --aug-heavy: blur crops below 64 pixels too")
+    flag("--crop-scale", type=options.pair(0, 1), metavar="MIN,MAX", help="area of a crop (unset: 0.2,1; heavy: 0.5,1)")
     flag("--save-freq", default=1, type=number(int, 1), help="epochs between checkpoints; the last is always written")
     flag("--keep", default=0, type=number(int, 0), help="how many numbered checkpoints stay; 0: all")
     flag("--knn-freq", default=0, type=number(int, 0), help="epochs between kNN evaluations, train vs. val; 0: none")
     flag("--knn-k", default=200, type=number(int, 1), help="neighbours that vote; at most all")
+    flag("--knn-train", action="store_true", help="kNN of the training images, too, each by the others")
+    flag("--save-best", action="store_true", help=f"keep the best epoch by --knn-freq in {BEST}")
     flag("--sync-bn", action="store_true", help="BatchNorm statistics over all GPUs")
     flag("--bn-splits", default=1, type=number(int, 1), help="BatchNorm in that many splits, which stand in for GPUs")
 
@@ -59,6 +70,8 @@ def parse():
     flag("--moco-m", default=0.999, type=number(float, 0, 1), help="momentum of the key encoder")
     flag("--moco-t", default=0.07, type=number(float, above=0), help="temperature")
     flag("--mlp", action="store_true", help="two-layer head, as in MoCo v2")
+    flag("--symmetric", action="store_true", help="each view is query and key in turn; takes twice the queue rows")
+    flag("--mask-same-image", action="store_true", help="a query's own image in the queue is no negative of it")
 
     flag("--n-hard", default=1024, type=number(int, 1), help="hardest queue rows to draw from")
     for i, (name, count) in enumerate(zip(TYPES, (256, 256, 256, 64, 64, 64)), 1):
@@ -69,7 +82,12 @@ def parse():
     flag("--sigma", default=0.01, type=number(float, 0), help="type 4: standard deviation of the noise")
     flag("--delta", default=0.01, type=number(float, 0), help="type 5: step along the similarity's gradient")
     flag("--eta", default=0.01, type=number(float, 0), help="type 6: step along the gradient's sign")
-    flag("--warmup-epochs", default=10, type=number(int, 0), help="first epochs without synthesis")
+    flag(
+        "--warmup-epochs",
+        default=10,
+        type=options.lengths(len(TYPES)),
+        help="first epochs (or steps: 2500s) without synthesis; one number, or one for each type: 0,0.5,1,2,2,2",
+    )
     flag("--cooldown-epochs", default=0, type=number(int, 0), help="last epochs without synthesis")
 
     args = parser.parse_args()
@@ -79,7 +97,15 @@ def parse():
         raise UserError(f"--n-hard {args.n_hard} is larger than the queue: --moco-k is {args.moco_k}")
     if args.sync_bn and args.bn_splits > 1:
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
+    if args.aug_plus and args.aug_heavy:
+        raise UserError("--aug-plus and --aug-heavy contradict each other")
+    for name in ("knn_train", "save_best"):
+        if getattr(args, name) and not args.knn_freq:
+            raise UserError(f"--{name.replace('_', '-')} goes with --knn-freq N")
+    if args.lr_min > args.lr:
+        raise UserError(f"--lr-min {args.lr_min:g} is larger than --lr {args.lr:g}")
     options.check_run(args)
+    options.settle(args)
     return args
 
 
@@ -92,40 +118,51 @@ def run(process, args):
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
 
     batch = batch_of_each(args, process)
+    datasets.fetch(args, process)
     batches, monitor, classes = load_data(args, process, batch)
     steps = len(batches)
-    model = make_model(args, device)
-    # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    if args.steps:
+        args.epochs = math.ceil(args.steps / steps)
+    total = args.steps or args.epochs * steps
+    model = make_model(args, device, steps, total)
+    optimizer = make_optimizer(args, model)
 
     start_epoch = checkpoint.resume(saved, path, model, optimizer, args.arch) if saved else args.start_epoch
+    if saved and args.mask_same_image:
+        checkpoint.resume_index(saved, path, model.queue_index)
     if start_epoch > args.epochs:
         raise UserError(f"{path}: holds {start_epoch} epochs and --epochs is {args.epochs}")
     if process.rank == 0:
         checkpoint.prepare_folders(args, own_checkpoints(args), own=[], fresh=not path)
-        describe(args, process, batch, steps, start_epoch, path, before)
+        describe(args, process, batch, steps, total, start_epoch, path, before)
     saved = None  # its memory
-    log = metrics.Log(args.log_dir, steps_done=start_epoch * steps, active=process.rank == 0)
+    log = metrics.Log(args.log_dir, steps_done=min(start_epoch * steps, total), active=process.rank == 0)
+    best = max((line["top1"] for line in log.kept if line["kind"] == "knn"), default=-1.0)
 
     learner = distributed.parallel(model, device)
 
-    def evaluate(epoch):
-        top1 = knn.accuracy(model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k)
-        log.write("knn", epoch * steps, epoch=epoch, top1=top1)
-        say(f"kNN after {epoch} epochs: {top1:.2f} %")
+    def evaluate(done):
+        nonlocal best
+        found = knn.accuracy(
+            model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k, train=args.knn_train
+        )
+        log.write("knn", min(done * steps, total), epoch=done, **found)
+        told = f"{found['top1']:.2f} % (projection {found['top1_projection']:.2f} %)"
+        told += f", training images {found['train_top1']:.2f} %" if args.knn_train else ""
+        say(f"kNN after {done} epochs: {told}")
+        if args.save_best and done and found["top1"] > best and process.rank == 0:
+            save(model, optimizer, done, min(done * steps, total), args, BEST)
+        best = max(best, found["top1"] if done else -1.0)
 
     due = args.knn_freq and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs)
     if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
         evaluate(start_epoch)
     for epoch in range(start_epoch, args.epochs):
         batches.batch_sampler.sampler.set_epoch(epoch)
-        lr = learning_rate(epoch, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args)
+        train(batches, learner, model, optimizer, epoch, steps, total, log, process, args)
         done = epoch + 1
         if process.rank == 0 and (done % args.save_freq == 0 or done == args.epochs):
-            save(model, optimizer, done, done * steps, args)
+            save(model, optimizer, done, min(done * steps, total), args)
         if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
             evaluate(done)
     log.close()
@@ -142,37 +179,47 @@ def batch_of_each(args, process):
             f"--batch-size {args.batch_size} --bn-splits {args.bn_splits}: the {batch} images of a process "
             "do not divide into equal splits of at least 2"
         )
-    if args.moco_k < batch * process.world_size:
-        raise UserError(f"--moco-k {args.moco_k} is smaller than the {batch * process.world_size} keys of a step")
+    keys = batch * process.world_size * (1 + args.symmetric)
+    if args.moco_k < keys:
+        raise UserError(f"--moco-k {args.moco_k} is smaller than the {keys} keys of a step")
     return batch
 
 
 def load_data(args, process, batch):
     """(training batches, kNN's (bank, queries) or None, number of classes)."""
-    images = loader.image_folder(args.data, "train")
+    images = datasets.load(args, "pretrain")
     step = batch * process.world_size
     if len(images) < step:
         raise UserError(f"--batch-size {args.batch_size}: a step takes {step} images, {images.root} has {len(images)}")
+    bank = val = None
+    if args.knn_freq:
+        # but for STL-10, whose labelled images are others, the images and what is kept of them are those of training
+        bank, val = (datasets.load(args, "train") if args.dataset == "stl10" else images), datasets.load(args, "val")
+        datasets.same_classes(bank, val, args.data)
+    if args.cache_images:
+        datasets.cache([images, val] if args.knn_freq else [images], process.local_size)
+
     workers = loader.workers_each(args.workers, process.local_size)
-    pairs = loader.TwoCrops(images, loader.augmentation(args.img_size, args.aug_plus, args.blur), args.seed)
+    kind = "heavy" if args.aug_heavy else "v2" if args.aug_plus else "v1"
+    view = loader.augmentation(args.img_size, kind, blur=args.blur, crop_scale=args.crop_scale, stats=args.stats)
+    pairs = loader.TwoCrops(images, view, args.seed)
     batches = loader.train_loader(pairs, batch, process=process, workers=workers, seed=args.seed)
     if not args.knn_freq:
         return batches, None, len(images.classes)
-
-    val = loader.image_folder(args.data, "val")
-    loader.same_classes(images, val, args.data)
-    bank = copy.copy(images)  # the same index, other views
-    bank.transform = val.transform = loader.center_view(args.img_size)
-    monitor = [loader.eval_loader(part, batch, process=process, workers=workers) for part in (bank, val)]
-    return batches, monitor, len(images.classes)
+    shown = [part.seen(loader.center_view(args.img_size, args.stats)) for part in (bank, val)]
+    monitor = [loader.eval_loader(part, batch, process=process, workers=workers) for part in shown]
+    return batches, monitor, len(bank.classes)
 
 
-def make_model(args, device):
-    """The model on its device; sees that the network takes images of --img-size."""
+def make_model(args, device, steps, total):
+    """The model on its device; sees that the network takes images of --img-size.
+
+    steps: of an epoch; total: of the run.
+    """
     torch.manual_seed(args.seed)  # the same start in every process
     with fitting(args.arch, args.img_size):
         model = SynCo(
-            torchvision_network(args.arch, args.img_size),
+            network_of(args.arch, args.img_size, args.stem),
             args.moco_dim,
             args.moco_k,
             args.moco_m,
@@ -181,8 +228,10 @@ def make_model(args, device):
             n_hard=args.n_hard,
             **{f"n{i}": getattr(args, f"n{i}") for i in range(1, 7)},
             **{name: getattr(args, name) for name in ("alpha", "beta", "gamma", "sigma", "delta", "eta")},
-            warmup_epochs=args.warmup_epochs,
-            stop_epoch=args.epochs - args.cooldown_epochs,
+            warmup_epochs=[options.in_epochs(start, steps) for start in warmups(args)],
+            stop_epoch=total / steps - args.cooldown_epochs,
+            symmetric=args.symmetric,
+            mask_same_image=args.mask_same_image,
             bn_splits=args.bn_splits,
             seed=args.seed,
         )
@@ -195,25 +244,43 @@ def make_model(args, device):
     return model.train()
 
 
-def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, args):
-    """One epoch. Numbers are read back from the device at print steps only."""
+def make_optimizer(args, model):
+    """SGD with MoCo's settings, or AdamW without decay on norms and biases, which have one dimension."""
+    if args.optimizer == "adamw":
+        weights = list(model.encoder_q.parameters())
+        groups = [{"params": [w for w in weights if w.ndim > 1]}]
+        groups.append({"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0})
+        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+    # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
+    return torch.optim.SGD(model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def train(batches, learner, model, optimizer, epoch, steps, total, log, process, args):
+    """One epoch, or what the run's `total` leaves of it. Numbers are read back from the device at print steps only."""
     device, first = process.device, epoch * steps
+    steps_now = min(steps, total - first)
     averages, pace, printed = metrics.Averages(), metrics.Pace(), -1
-    for i, (im_q, im_k, _) in pace.watch(batches):
-        im_q, im_k = (im.to(device, non_blocking=True) for im in (im_q, im_k))
+    for i, (im_q, im_k, index) in pace.watch(itertools.islice(batches, steps_now)):
+        im_q, im_k, index = (x.to(device, non_blocking=True) for x in (im_q, im_k, index))
         if first + i == 0:
-            log.images("pairs", pair_grid(im_q, im_k) if process.rank == 0 else None, 0)
+            log.images("pairs", pair_grid(im_q, im_k, args.stats) if process.rank == 0 else None, 0)
+        lr = learning_rate(first + i, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
         # what a network with dropout draws is a function of the step, too
         torch.manual_seed(distributed.seed_of("dropout", args.seed, first + i, process.rank))
-        logits, labels = learner(im_q, im_k, epoch + i / steps, step=first + i)
+        logits, labels = learner(im_q, im_k, (first + i) / steps, step=first + i, index=index)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
+        norms = {}
+        if args.clip_grad:
+            norms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.encoder_q.parameters(), args.clip_grad)
         optimizer.step()
 
-        averages.add(loss=loss, **metrics.contrastive_accuracy(logits, args.moco_k))
-        if i % args.print_freq == 0 or i == steps - 1:
+        averages.add(loss=loss, **norms, **metrics.contrastive_accuracy(logits, args.moco_k))
+        if i % args.print_freq == 0 or i == steps_now - 1:
             numbers = averages.read(distributed.mean)
             if not math.isfinite(numbers["loss"]):
                 saved = own_checkpoints(args)
@@ -224,8 +291,8 @@ def train(batches, learner, model, optimizer, epoch, steps, lr, log, process, ar
             printed = i
             numbers |= {"lr": lr, **pace.read(process.world_size)}
             if process.rank == 0:
-                counts = dict(zip(TYPES, model.counts_at(epoch + i / steps)))
-                left = pace.left((args.epochs - epoch) * steps - i - 1)
+                counts = dict(zip(TYPES, model.counts_at((first + i) / steps)))
+                left = pace.left(total - first - i - 1)
                 report(log, numbers, logits.detach(), counts, epoch, i, steps, left, args)
 
 
@@ -243,11 +310,19 @@ def report(log, numbers, logits, counts, epoch, i, steps, left, args):
     log.write("train", epoch * steps + i + 1, epoch=epoch, **numbers, **dict(zip(names, values)))
 
 
-def learning_rate(epoch, args):
-    """MoCo's rule, per epoch: cosine to 0, or a tenth at each milestone."""
+def learning_rate(done, steps, args):
+    """The rate after `done` steps, `steps` an epoch: a linear warm-up, then MoCo's rule.
+
+    That is a cosine from --lr to --lr-min, or a tenth at each milestone; once an epoch, or with --steps every step.
+    """
+    warmup, at = options.in_epochs(args.lr_warmup_epochs, steps), done / steps
+    if at < warmup:
+        return args.lr_warmup + (args.lr - args.lr_warmup) * at / warmup
+    at, end = (at, args.steps / steps) if args.steps else (done // steps, args.epochs)
     if args.cos:
-        return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+        part = max(0, at - warmup) / (end - warmup)
+        return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * part))
+    return args.lr * 0.1 ** sum(at >= milestone for milestone in args.schedule)
 
 
 def find_checkpoint(args):
@@ -259,19 +334,22 @@ def find_checkpoint(args):
 
 
 def own_checkpoints(args):
-    """The checkpoints in --save-dir, oldest first."""
-    return [path for _, path in checkpoint.numbered(args.save_dir)]
+    """The checkpoints in --save-dir: the best if there is one, then the numbered ones, oldest first."""
+    best = os.path.join(args.save_dir, BEST)
+    return [best] * os.path.exists(best) + [path for _, path in checkpoint.numbered(args.save_dir)]
 
 
-def method(args):
-    """The method in words."""
+def method(args, steps, total):
+    """The method in words. steps: of an epoch; total: of the run."""
     if not any(args.counts.values()):
         return "MoCo (no synthetic negatives)"
     kinds = ", ".join(f"{count} {name}" for name, count in args.counts.items() if count)
     mochi = not any(args.counts[name] for name in TYPES if name not in ("interpolated", "mixed"))
-    end = args.epochs - args.cooldown_epochs
-    when = f"in epochs {args.warmup_epochs} to {end - 1}"
-    if end <= args.warmup_epochs:
+    starts = [start for start, count in zip(warmups(args), args.counts.values()) if count]
+    end = total / steps - args.cooldown_epochs
+    told = ", ".join(map(str, starts if isinstance(args.warmup_epochs, list) else starts[:1]))
+    when = f"from epoch {told} on" + (f", before epoch {end:g}" if args.cooldown_epochs else "")
+    if end <= min(options.in_epochs(start, steps) for start in starts):
         when = "in no epoch: all are warm-up or cool-down"
     return (
         f"{'MoCHi' if mochi else 'SynCo'}: {sum(args.counts.values())} synthetic negatives a query ({kinds}), "
@@ -279,10 +357,15 @@ def method(args):
     )
 
 
-def describe(args, process, batch, steps, start_epoch, path, before):
+def warmups(args):
+    """The six warm-ups, in epochs or steps, see `options.length`."""
+    return args.warmup_epochs if isinstance(args.warmup_epochs, list) else [args.warmup_epochs] * len(TYPES)
+
+
+def describe(args, process, batch, steps, total, start_epoch, path, before):
     """Print what is about to run, and store it as config.json."""
     facts = {
-        "method": method(args),
+        "method": method(args, steps, total),
         "device": metrics.device_name(process.device),
         "world_size": process.world_size,
         "batch_per_process": batch,
@@ -301,8 +384,11 @@ def describe(args, process, batch, steps, start_epoch, path, before):
     metrics.write_json(os.path.join(args.save_dir, "config.json"), vars(args) | facts | metrics.origin())
 
 
-def save(model, optimizer, done, step, args):
-    """The published names and keys, and the settings beside them; then prune what --keep does not keep."""
+def save(model, optimizer, done, step, args, name=None):
+    """The published names and keys, and the settings beside them; then prune what --keep does not keep.
+
+    name: of the file, unless it is the numbered one.
+    """
     content = {
         "epoch": done,
         "arch": args.arch,
@@ -311,15 +397,17 @@ def save(model, optimizer, done, step, args):
         "step": step,
         "config": vars(args),
     }
-    checkpoint.save(content, os.path.join(args.save_dir, f"checkpoint_{done - 1:04d}.pth.tar"))
+    if args.mask_same_image:
+        content["queue_index"] = model.queue_index
+    checkpoint.save(content, os.path.join(args.save_dir, name or f"checkpoint_{done - 1:04d}.pth.tar"))
     if args.keep:
-        for path in own_checkpoints(args)[: -args.keep]:
+        for _, path in checkpoint.numbered(args.save_dir)[: -args.keep]:
             os.remove(path)
 
 
-def pair_grid(im_q, im_k, pairs=8):
+def pair_grid(im_q, im_k, stats, pairs=8):
     """The first query views above their key views, as one picture (3, H, W) in [0, 1]."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (loader.IMAGENET_MEAN, loader.IMAGENET_STD))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in options.STATS[stats])
     views = torch.cat([im_q[:pairs], im_k[:pairs]]).cpu() * std + mean
     return torchvision.utils.make_grid(views.clamp(0, 1), nrow=min(pairs, len(im_q)))
 

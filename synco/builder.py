@@ -23,13 +23,17 @@ class SynCo(nn.Module):
     T: temperature, > 0; mlp: a two-layer head as in MoCo v2 in place of a linear one.
     n_hard: hardest queue rows to draw from; n1 ... n6: negatives of each of `negatives.TYPES` a query gets, all 0
     for plain MoCo; alpha, beta, gamma, sigma, delta, eta: see `negatives.synthesize`.
-    Synthesis is on while warmup_epochs <= epoch < stop_epoch (None: to the end).
+    Synthesis is on while warmup_epochs <= epoch < stop_epoch (None: to the end); six warm-ups are one for each type.
+    symmetric: each view is query and key in turn, see `forward`.
+    mask_same_image: a query's own image is no negative of it; `forward` then wants the images' numbers.
     bn_splits: BatchNorm in that many splits of the batch, see `SplitBatchNorm2d`.
     seed: with a step's number it determines that step's draws.
 
     Raises ValueError that names the value when a setting is out of range.
 
-    Buffers: `queue` (K, C), unit rows from the start, and `queue_ptr` (1,), the row that is overwritten next.
+    Buffers: `queue` (K, C), unit rows from the start, and `queue_ptr` (1,), the row that is overwritten next; with
+    mask_same_image `queue_index` (K,), the number of each row's image, -1 where it is of none. That one is not in the
+    state dict, whose names are the published ones.
     """
 
     def __init__(
@@ -56,11 +60,15 @@ class SynCo(nn.Module):
         eta=0.01,
         warmup_epochs=10,
         stop_epoch=None,
+        symmetric=False,
+        mask_same_image=False,
         bn_splits=1,
         seed=0,
     ):
         super().__init__()
         self.counts = (n1, n2, n3, n4, n5, n6)
+        several = "six numbers " if isinstance(warmup_epochs, (list, tuple)) else ""
+        starts = tuple(warmup_epochs) if several else (warmup_epochs,) * len(TYPES)
         for name, value, good, wanted in (
             ("dim", dim, dim >= 1, ">= 1"),
             ("K", K, K >= 1, ">= 1"),
@@ -74,7 +82,7 @@ class SynCo(nn.Module):
             ("sigma", sigma, sigma >= 0, ">= 0"),
             ("delta", delta, delta >= 0, ">= 0"),
             ("eta", eta, eta >= 0, ">= 0"),
-            ("warmup_epochs", warmup_epochs, warmup_epochs >= 0, ">= 0"),
+            ("warmup_epochs", warmup_epochs, len(starts) == len(TYPES) and min(starts) >= 0, several + ">= 0"),
             ("bn_splits", bn_splits, bn_splits >= 1, ">= 1"),
         ):
             if not good:
@@ -82,7 +90,9 @@ class SynCo(nn.Module):
 
         self.K, self.m, self.T, self.n_hard = K, m, T, n_hard
         self.ranges = {"alpha": alpha, "beta": beta, "gamma": gamma, "sigma": sigma, "delta": delta, "eta": eta}
-        self.warmup_epochs, self.stop_epoch = warmup_epochs, float("inf") if stop_epoch is None else stop_epoch
+        self.warmup_epochs, self.starts = warmup_epochs, starts
+        self.stop_epoch = float("inf") if stop_epoch is None else stop_epoch
+        self.symmetric, self.mask_same_image = symmetric, mask_same_image
         self.bn_splits, self.seed = bn_splits, seed
         self.next_step = 0  # used where forward is not told the step
 
@@ -98,65 +108,91 @@ class SynCo(nn.Module):
 
         self.register_buffer("queue", F.normalize(torch.randn(K, dim), dim=1))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        if mask_same_image:
+            self.register_buffer("queue_index", torch.full((K,), -1), persistent=False)
 
     def counts_at(self, epoch):
         """How many negatives of each type a query gets at this epoch (int, fraction, or None: synthesise)."""
-        if epoch is None or self.warmup_epochs <= epoch < self.stop_epoch:
+        if epoch is None:
             return self.counts
-        return (0,) * len(TYPES)
+        return tuple(n if start <= epoch < self.stop_epoch else 0 for n, start in zip(self.counts, self.starts))
 
-    def forward(self, im_q, im_k, epoch=None, *, step=None):
+    def forward(self, im_q, im_k, epoch=None, *, step=None, index=None):
         """One training step's logits; moves the key encoder and puts the keys into the queue.
 
         im_q, im_k: two views of each of N images, (N, 3, H, W); epoch: see `counts_at`; step: seeds the draws
-        (None: one more than the last).
+        (None: one more than the last); index (N,): the images' numbers >= 0, for mask_same_image.
         Returns logits (N, 1 + K + S) / T: the positive, the queue, the synthetic negatives in the order of
-        `negatives.TYPES`; and labels (N,), all 0. Raises ValueError if the keys of all processes outnumber the queue.
+        `negatives.TYPES`; and labels (N,), all 0. With mask_same_image the queue rows of a query's own image have -inf.
+        Symmetric: (2N, 1 + K + S) and (2N,), first with im_q's queries and im_k's keys, then the other way round; all
+        2N meet the queue as it was, so cross-entropy is the mean of the two losses.
+        Raises ValueError if the keys of all processes outnumber the queue, or mask_same_image lacks `index`.
         """
         step = self.next_step if step is None else step
         self.next_step = step + 1
+        if self.mask_same_image and index is None:
+            raise ValueError("index is None: mask_same_image needs the images' numbers")
         N, rank = im_q.shape[0], distributed.rank()
+        ways = [(im_q, im_k), (im_k, im_q)] if self.symmetric else [(im_q, im_k)]
 
-        q = F.normalize(self.encoder_q(im_q), dim=1)  # (N, C)
-        keys = self._keys(im_k, step)  # (W·N, C), of all processes
+        q = torch.cat([F.normalize(self.encoder_q(queries), dim=1) for queries, _ in ways])  # (N, C), or (2N, C)
+        update_ema(self.encoder_k, self.encoder_q, self.m)
+        keys = [self._keys(images, step, way) for way, (_, images) in enumerate(ways)]  # (W·N, C) each
+        k = torch.cat([part[rank * N : (rank + 1) * N] for part in keys])  # this process's, one for each row of q
+        keys = torch.cat(keys)
         if len(keys) > self.K:
             raise ValueError(f"the keys of a step are {len(keys)} and the queue has {self.K} rows")
-        k = keys[rank * N : (rank + 1) * N]  # (N, C)
 
         slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K  # computed on the device
+        own = index.repeat(len(ways)) if self.mask_same_image else None
         generator = torch.Generator(q.device).manual_seed(distributed.seed_of("negatives", self.seed, step, rank))
-        logits = self.logits(q, k, slots, self.counts_at(epoch), generator)
-        labels = torch.zeros(N, dtype=torch.long, device=q.device)
+        logits = self.logits(q, k, slots, self.counts_at(epoch), generator, own)
+        labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
 
         self.queue.index_copy_(0, slots, keys)
         self.queue_ptr.copy_((slots[-1:] + 1) % self.K)
+        if self.mask_same_image:
+            self.queue_index.index_copy_(0, slots, distributed.gather(index).repeat(len(ways)))
         return logits, labels
 
-    def logits(self, q, k, slots, counts, generator=None):
+    def logits(self, q, k, slots, counts, generator=None, index=None):
         """The loss head: q, k (N, C) unit rows → (N, 1 + K + S), see `forward`; the gradient flows to q alone.
 
-        slots: the queue rows that will be overwritten before backward; counts: see `negatives.synthesize`.
+        slots: the queue rows that will be overwritten before backward; counts: see `negatives.synthesize`;
+        index (N,): the queries' images, whose rows in the queue are masked; None: no row is.
         """
         scaled = q / self.T  # a division of (N, C) instead of one of the logits
         positive = (scaled * k).sum(dim=1, keepdim=True)  # (N, 1)
         similarity = _QueueSimilarity.apply(scaled, self.queue, slots)  # (N, K)
+        if index is not None:
+            similarity = similarity.masked_fill(self.queue_index == index[:, None], -torch.inf)
         columns = [positive, similarity]
         if any(counts):
             hard = hardest(similarity.detach(), self.n_hard)  # (N, n_hard)
+            if index is not None:
+                hard = self._others(hard, index)
             synthetic = synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator)  # (N, S, C)
             columns.append(torch.bmm(scaled[:, None], synthetic.transpose(1, 2)).squeeze(1))  # (N, S)
         return torch.cat(columns, dim=1)
 
+    def _others(self, hard, index):
+        """hard (N, n_hard) without the rows of the query's own image index (N,): the others, over again in their place.
+
+        Masked rows are the least similar, so they stand at the end, if there are not n_hard others.
+        """
+        others = (self.queue_index[hard] != index[:, None]).sum(dim=1, keepdim=True)  # (N, 1)
+        places = torch.arange(self.n_hard, device=hard.device) % others.clamp(min=1)  # (N, n_hard)
+        return hard.gather(1, places)
+
     @torch.no_grad()
-    def _keys(self, im_k, step):
-        """Move the key encoder, and encode the key views of all processes with shuffled BatchNorm → (W·N, C)."""
-        update_ema(self.encoder_k, self.encoder_q, self.m)
-        W, N = distributed.world_size(), im_k.shape[0]
+    def _keys(self, images, step, way=0):
+        """Encode the key views of all processes with shuffled BatchNorm → (W·N, C). way: which, if there are two."""
+        W, N = distributed.world_size(), images.shape[0]
         if W == 1 and self.bn_splits == 1:  # one batch, one set of statistics: its order is of no consequence
-            return F.normalize(self.encoder_k(im_k), dim=1)
-        generator = torch.Generator().manual_seed(distributed.seed_of("shuffle", self.seed, step))
+            return F.normalize(self.encoder_k(images), dim=1)
+        generator = torch.Generator().manual_seed(distributed.seed_of("shuffle", self.seed, step, *[way] * (way > 0)))
         permutation = torch.randperm(W * N, generator=generator)  # the same in all processes
-        shuffled = distributed.gather(F.normalize(self.encoder_k(distributed.shuffle(im_k, permutation)), dim=1))
+        shuffled = distributed.gather(F.normalize(self.encoder_k(distributed.shuffle(images, permutation)), dim=1))
         keys = torch.empty_like(shuffled)
         keys[distributed.to_device(permutation, keys.device)] = shuffled
         return keys
@@ -249,17 +285,27 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 def split_batch_norm(network, splits):
     """Put a `SplitBatchNorm2d` in the place of every BatchNorm2d. Raises ValueError if the network has none."""
-    norms = [(name, m) for name, m in network.named_modules() if type(m) is nn.BatchNorm2d]
-    if not norms:
-        raise ValueError(f"bn_splits is {splits}: {type(network).__name__} has no BatchNorm2d")
+    every = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [(name, m) for name, m in every if type(m) is nn.BatchNorm2d]
+    if not norms or len(norms) < len(every):
+        kinds = ", ".join(sorted({type(m).__name__ for _, m in every} - {"BatchNorm2d"})) or "no BatchNorm2d"
+        raise ValueError(f"bn_splits is {splits}: {type(network).__name__} has {kinds}, which cannot be split")
     for name, norm in norms:
         split = SplitBatchNorm2d(norm.num_features, norm.eps, norm.momentum, splits=splits)
         split.load_state_dict(norm.state_dict())
         replace(network, name, split)
 
 
-def torchvision_network(arch, img_size):
-    """A callable that takes `num_classes` and returns torchvision's network of that name, randomly initialised."""
+def network_of(arch, img_size, stem="imagenet"):
+    """A callable that takes `num_classes` and returns the network of that name, randomly initialised.
+
+    arch: one of torchvision's classification networks, or timm:NAME; stem: "cifar" for `small_stem`.
+    """
+    make = _timm_network(arch, img_size) if arch.startswith("timm:") else _torchvision_network(arch, img_size)
+    return make if stem == "imagenet" else lambda num_classes: small_stem(make(num_classes=num_classes))
+
+
+def _torchvision_network(arch, img_size):
     options = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # one output, and torchvision's own initialisation
@@ -268,6 +314,29 @@ def torchvision_network(arch, img_size):
     elif arch.startswith("maxvit"):
         options = {"input_size": (img_size, img_size)}
     return partial(torchvision.models.get_model, arch, weights=None, **options)
+
+
+def _timm_network(arch, img_size):
+    import timm  # an optional package, used for these networks alone
+
+    name = arch.removeprefix("timm:")
+    known = timm.models.get_pretrained_cfg(name)
+    options = {"img_size": img_size} if known and known.fixed_input_size else {}
+    return partial(timm.create_model, name, pretrained=False, **options)
+
+
+def small_stem(network):
+    """Give a ResNet the stem of MoCo's recipe for CIFAR-10: a 3×3 convolution of stride 1, and no max-pool.
+
+    Raises ValueError if the network does not begin with a ResNet's 7×7 convolution and max-pool.
+    """
+    conv, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
+    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (7, 7) or not isinstance(pool, nn.MaxPool2d):
+        raise ValueError(f"{type(network).__name__} has no ResNet's stem to replace with that for small images (cifar)")
+    network.conv1 = nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNets
+    network.maxpool = nn.Identity()
+    return network
 
 
 @contextlib.contextmanager
@@ -290,12 +359,20 @@ def try_images(network, arch, img_size):
         network(torch.zeros(2, 3, img_size, img_size, device=device))
 
 
-def features(network, head, images):
-    """What enters the head: the backbone's features. images (N, 3, H, W) → (N, D)."""
+def encode(network, head, images):
+    """What enters the head, the backbone's features, and the network's outputs.
+
+    images (N, 3, H, W) → (N, D), (N, C).
+    """
     caught = []
     hook = network.get_submodule(head).register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     try:
-        network(images)
+        outputs = network(images)
     finally:
         hook.remove()
-    return caught[0].flatten(1)
+    return caught[0].flatten(1), outputs
+
+
+def features(network, head, images):
+    """What enters the head: the backbone's features. images (N, 3, H, W) → (N, D)."""
+    return encode(network, head, images)[0]

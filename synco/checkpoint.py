@@ -133,6 +133,17 @@ def resume(checkpoint, path, model, optimizer, arch):
     return checkpoint["epoch"]
 
 
+def resume_index(checkpoint, path, queue_index):
+    """Put a checkpoint's `queue_index`, the images' numbers of the queue's rows, into the model's, both (K,).
+
+    Raises UserError if there is none, or one of another shape.
+    """
+    found = checkpoint.get("queue_index")
+    if not isinstance(found, torch.Tensor) or found.dtype != torch.int64 or found.shape != queue_index.shape:
+        raise UserError(f"{path}: --mask-same-image: it does not say of which images its {len(queue_index)} rows are")
+    queue_index.copy_(found)
+
+
 def check_epoch(checkpoint, path):
     """Raise UserError unless its epoch is a number of epochs done."""
     if not isinstance(checkpoint["epoch"], int) or checkpoint["epoch"] < 0:

@@ -20,7 +20,6 @@ from synco import builder, checkpoint, distributed, metrics, options
 from synco.options import UserError
 
 SUFFIXES = (".pth", ".safetensors")
-LARGEST = 10_000  # pixels: no file's word may have a network of any size built
 
 
 def parse():
@@ -77,21 +76,22 @@ def check_output(args, suffixes):
     checkpoint.make_folders(folder)  # sees whether a file can be made there
 
 
-def load(path, arch=None):
-    """A checkpoint's backbone in torchvision's network → (the network, its head's name, the checkpoint as a dict).
+def load(path, arch=None, stem=None):
+    """A checkpoint's backbone in its network → (the network, its head's name, the checkpoint as a dict).
 
-    path: a pretraining's checkpoint, a classifier's, or torchvision weights; arch: the network's name, wanted where
-    the file has none. The network's head has 1,000 outputs and is untrained; the dict has an `arch` in any case.
+    path: a pretraining's checkpoint, a classifier's, or torchvision weights; arch, stem: the network's name and stem,
+    wanted where the file does not say. The network's head has 1,000 outputs and is untrained; the dict has an `arch`
+    in any case.
     Raises UserError if the file is no such checkpoint, or of another network, or does not say of which.
     """
     saved = checkpoint.load(path)
     arch = architecture(saved, path, arch)
-    size = saved["config"].get("img_size", 224)  # a vision transformer has a parameter for every patch
-    if not isinstance(size, int) or not 1 <= size <= LARGEST:
-        raise UserError(f"{path}: its img_size is {size!r}, not a number of pixels")
+    # a vision transformer has a parameter for every patch
+    found = argparse.Namespace(dataset="imagefolder", stem=stem, img_size=None, stats=None)
+    options.settle(found, path, saved["config"])
     try:
-        with builder.fitting(arch, size):
-            network = builder.torchvision_network(arch, size)(num_classes=1000)
+        with builder.fitting(arch, found.img_size):
+            network = builder.network_of(arch, found.img_size, found.stem)(num_classes=1000)
             head = builder.head_name(network, 1000)
     except UserError as error:
         raise UserError(f"{path}: its network cannot be built: {error}") from error

@@ -9,57 +9,84 @@ train/CLASS/IMAGE, which vote, and val/CLASS/IMAGE, which are classified. Severa
 import torch
 import torch.nn.functional as F
 
-from synco import checkpoint, distributed, export, loader, options
-from synco.builder import features, fitting, head_name, torchvision_network, try_images
+from synco import checkpoint, datasets, distributed, export, loader, options
+from synco.builder import encode, fitting, head_name, network_of, try_images
 from synco.options import number
 
 
 @torch.no_grad()
 def extract(network, head, loader, device):
-    """Unit features and labels of the loader's images: (M, D), (M,), on `device`. The network is put in eval mode."""
+    """What the loader's images become: (M, D) backbone features, (M, C) outputs, both unit rows, and (M,) labels.
+
+    All on `device`. The network is put in eval mode.
+    """
     was_training = network.training
     network.eval()
-    rows, labels = [], []
+    rows, outputs, labels = [], [], []
     for images, label in loader:
-        out = features(network, head, images.to(device, non_blocking=True))
-        rows.append(F.normalize(out.float(), dim=1))
+        found, output = encode(network, head, images.to(device, non_blocking=True))
+        rows.append(F.normalize(found.float(), dim=1))
+        outputs.append(F.normalize(output.float(), dim=1))
         labels.append(label.to(device, non_blocking=True))
     if not rows:  # more processes than images: one image's shape, no rows
         image = loader.dataset.dataset[0][0]
-        rows.append(features(network, head, image[None].to(device))[:0].float())
+        found, output = encode(network, head, image[None].to(device))
+        rows.append(found[:0].float())
+        outputs.append(output[:0].float())
         labels.append(torch.empty(0, dtype=torch.long, device=device))
     network.train(was_training)
-    return torch.cat(rows), torch.cat(labels)
+    return torch.cat(rows), torch.cat(outputs), torch.cat(labels)
 
 
-def predict(bank, bank_labels, queries, *, classes, k=200, t=0.1):
+def predict(bank, bank_labels, queries, *, classes, k=200, t=0.1, own=None):
     """Weighted kNN (Wu et al., arXiv 1805.01978, sec. 3.4): neighbours vote with exp(cosine / t).
 
-    bank (M, D), queries (Q, D): unit rows; bank_labels (M,); k is the bank's size if that is smaller.
+    bank (M, D), queries (Q, D): unit rows; bank_labels (M,); k is the number of voters if that is smaller.
+    own (Q,): the bank's row that each query is itself, and that does not vote on it.
     Returns (Q,) the class with the most votes.
     """
-    k = min(k, len(bank))
+    k = min(k, len(bank) - (own is not None))
     classes_of = []
-    for part in queries.split(256):  # bounds the (Q, M) similarities
-        similarity, neighbours = (part @ bank.T).topk(k, dim=1)  # (q, k)
-        votes = torch.zeros(len(part), classes, device=bank.device)
+    for start in range(0, len(queries), 256):  # bounds the (Q, M) similarities
+        similarity = queries[start : start + 256] @ bank.T
+        if own is not None:
+            similarity.scatter_(1, own[start : start + 256, None], -torch.inf)
+        similarity, neighbours = similarity.topk(k, dim=1)  # (q, k)
+        votes = torch.zeros(len(similarity), classes, device=bank.device)
         # of one query all votes are divided by its largest: a small t would otherwise overflow
         votes.scatter_add_(1, bank_labels[neighbours], ((similarity - similarity[:, :1]) / t).exp())
         classes_of.append(votes.argmax(dim=1))
     return torch.cat(classes_of) if classes_of else bank_labels.new_empty(0)
 
 
-def accuracy(network, head, bank_loader, query_loader, device, *, classes, k=200, t=0.1):
+def accuracy(network, head, bank_loader, query_loader, device, *, classes, k=200, t=0.1, train=False):
     """Top-1 accuracy in percent of the queries' classes, voted by the bank; the work is spread over the processes.
 
-    The loaders are `loader.eval_loader`s. Every process evaluates with rank 0's buffers and gets the same number.
+    The loaders are `loader.eval_loader`s. Every process evaluates with rank 0's buffers and gets the same numbers:
+    {"top1": by backbone features, "top1_projection": by the head's outputs, and with train "train_top1" and
+    "train_top1_projection": the bank's own images, each voted by all others}.
     """
     distributed.share_buffers(network)
-    bank, bank_labels = gather_uneven(*extract(network, head, bank_loader, device))
-    queries, labels = extract(network, head, query_loader, device)
-    hits = (predict(bank, bank_labels, queries, classes=classes, k=k, t=t) == labels).sum()
-    hits, count = distributed.total(torch.stack([hits, torch.tensor(len(labels), device=device)])).tolist()
-    return 100 * hits / count
+    own_features, own_outputs, own_labels = extract(network, head, bank_loader, device)
+    features, outputs, labels = extract(network, head, query_loader, device)
+    found = {}
+    for suffix, own_rows, rows in (("", own_features, features), ("_projection", own_outputs, outputs)):
+        bank, bank_labels = gather_uneven(own_rows, own_labels)
+        predicted = predict(bank, bank_labels, rows, classes=classes, k=k, t=t)
+        found["top1" + suffix] = _percent(predicted == labels)
+        if train:
+            sizes = distributed.gather(torch.tensor([len(own_rows)], device=device)).tolist()
+            first = sum(sizes[: distributed.rank()])
+            own = torch.arange(first, first + len(own_rows), device=device)
+            predicted = predict(bank, bank_labels, own_rows, classes=classes, k=k, t=t, own=own)
+            found["train_top1" + suffix] = _percent(predicted == own_labels)
+    return found
+
+
+def _percent(hits):
+    """hits (M,), booleans of this process → the share of all processes' that are true, in percent."""
+    count, total = distributed.total(torch.stack([hits.sum(), torch.tensor(len(hits), device=hits.device)])).tolist()
+    return 100 * count / total
 
 
 def gather_uneven(rows, labels):
@@ -89,34 +116,41 @@ def parse():
     flag("-b", "--batch-size", default=256, type=number(int, 1), help="per node, shared by its processes")
     flag("--seed", default=0, type=number(int, 0, 2**32 - 1), help="of random weights")
     # what the checkpoint was trained with
-    parser.set_defaults(arch=None, img_size=None)
-    return parser.parse_args()
+    parser.set_defaults(arch=None)
+    args = parser.parse_args()
+    options.check_data(args)
+    return args
 
 
 def run(process, args):
     """Load the backbone, evaluate it, say what it reaches."""
-    train, val = loader.image_folder(args.data, "train"), loader.image_folder(args.data, "val")
-    loader.same_classes(train, val, args.data)
+    datasets.fetch(args, process)
+    train, val = datasets.load(args, "train"), datasets.load(args, "val")
+    datasets.same_classes(train, val, args.data)
     if args.checkpoint == "random":
-        arch, size = args.arch or "resnet50", args.img_size or 224
+        options.settle(args)
+        arch, size = args.arch or "resnet50", args.img_size
         torch.manual_seed(args.seed)
         with fitting(arch, size):
-            network = torchvision_network(arch, size)(num_classes=1000)
+            network = network_of(arch, size, args.stem)(num_classes=1000)
             head = head_name(network, 1000)
         source = f"random weights, seed {args.seed}"
     else:
-        network, head, saved = export.load(args.checkpoint, args.arch)
-        arch, size = saved["arch"], args.img_size or saved["config"].get("img_size", 224)
+        network, head, saved = export.load(args.checkpoint, args.arch, args.stem)
+        options.settle(args, args.checkpoint, saved["config"])
+        arch, size = saved["arch"], args.img_size
         source = checkpoint.summary(saved, args.checkpoint, len(export.backbone(network, head)))
     network.to(process.device)
     try_images(network, arch, size)
     distributed.say(f"{source}; {arch} at {size} pixels")
 
+    if args.cache_images:
+        datasets.cache([train, val], process.local_size)
     batch = loader.batch_each(args.batch_size, process.local_size)
     workers = loader.workers_each(args.workers, process.local_size)
-    train.transform = val.transform = loader.center_view(size)
-    parts = [loader.eval_loader(part, batch, process=process, workers=workers) for part in (train, val)]
-    top1 = accuracy(network, head, *parts, process.device, classes=len(train.classes), k=args.k, t=args.t)
+    shown = [part.seen(loader.center_view(size, args.stats)) for part in (train, val)]
+    parts = [loader.eval_loader(part, batch, process=process, workers=workers) for part in shown]
+    top1 = accuracy(network, head, *parts, process.device, classes=len(train.classes), k=args.k, t=args.t)["top1"]
     distributed.say(f"kNN (k = {min(args.k, len(train))}, {len(train)} images vote) on {len(val)} images: {top1:.2f} %")
 
 

@@ -5,19 +5,16 @@ Every draw is a function of (seed, epoch, image index), so neither the number of
 
 import contextlib
 import math
-import os
 
 import torch
 from PIL import Image, ImageFilter
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.transforms import InterpolationMode
 
 from synco import distributed
-from synco.options import UserError, usable_cpus
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from synco.options import STATS, UserError, usable_cpus
 
 
 def read_image(path):
@@ -28,29 +25,6 @@ def read_image(path):
     # what PIL's decoders raise on damaged or hostile files
     except (OSError, SyntaxError, ValueError, IndexError, TypeError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from error
-
-
-def image_folder(root, split):
-    """The images under root/split/CLASS/. Raises UserError where a folder or the images are missing."""
-    folder = os.path.join(root, split)
-    if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder; it should hold {split}/CLASS/IMAGE")
-    if not os.path.isdir(folder):
-        raise UserError(f"{root}: has no folder {split!r} in it; it should hold {split}/CLASS/IMAGE")
-    try:
-        return ImageFolder(folder, loader=read_image)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {str(error).splitlines()[0]}; it should hold CLASS/IMAGE") from error
-
-
-def same_classes(train, val, root):
-    """Raise UserError that lists the classes which only one of two `image_folder`s under `root` has."""
-    one_sided = [(name, "train") for name in train.classes if name not in val.class_to_idx]
-    one_sided += [(name, "val") for name in val.classes if name not in train.class_to_idx]
-    if one_sided:
-        named = ", ".join(f"{name} (in {split} only)" for name, split in sorted(one_sided)[:5])
-        more = f" and {len(one_sided) - 5} more" if len(one_sided) > 5 else ""
-        raise UserError(f"{root}: train and val hold different classes: {named}{more}")
 
 
 class GaussianBlur:
@@ -64,39 +38,50 @@ class GaussianBlur:
         return image.filter(ImageFilter.GaussianBlur(radius))
 
 
-def to_tensor():
-    """PIL image → float tensor (3, H, W) with ImageNet's statistics."""
-    return transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+def to_tensor(stats="imagenet"):
+    """PIL image → float tensor (3, H, W), normalised with the `options.STATS` of that name."""
+    return transforms.Compose([transforms.ToTensor(), transforms.Normalize(*STATS[stats])])
 
 
-def augmentation(size, plus, blur=False):
-    """MoCo's augmentation of one view: v2's (`plus`, arXiv 2003.04297) or v1's (arXiv 1911.05722).
+def augmentation(size, kind="v2", *, blur=False, crop_scale=None, stats="imagenet"):
+    """The augmentation of one view. PIL image → (3, size, size).
 
-    v2's blur is left out below 64 pixels, as in MoCo's recipe for CIFAR-10, unless `blur` asks for it.
-    PIL image → (3, size, size).
+    kind: MoCo's "v2" (arXiv 2003.04297) or "v1" (arXiv 1911.05722), or "heavy", with RandAugment and random erasing,
+    of a published MoCHi trainer. Below 64 pixels the blur of "v2" and "heavy" is left out, as in MoCo's recipe for
+    CIFAR-10, unless `blur` asks for it.
+    crop_scale: least and greatest part of the image's area in a crop; None: (0.2, 1), of "heavy" (0.5, 1).
     """
-    crop = transforms.RandomResizedCrop(size, scale=(0.2, 1.0))
-    grayscale = transforms.RandomGrayscale(p=0.2)
+    crop = transforms.RandomResizedCrop(
+        size,
+        scale=crop_scale or ((0.5, 1.0) if kind == "heavy" else (0.2, 1.0)),
+        interpolation=InterpolationMode.BICUBIC if kind == "heavy" else InterpolationMode.BILINEAR,
+    )
     flip = transforms.RandomHorizontalFlip()
-    if plus:
+    blurs = [transforms.RandomApply([GaussianBlur()], p=0.5)] if blur or size >= 64 else []
+    if kind == "heavy":
+        operations = transforms.RandAugment(num_ops=2, magnitude=9)
+        erasing = transforms.RandomErasing(p=0.25)
+        return transforms.Compose([crop, flip, operations, *blurs, to_tensor(stats), erasing])
+    grayscale = transforms.RandomGrayscale(p=0.2)
+    if kind == "v2":
         jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
-        blurs = [transforms.RandomApply([GaussianBlur()], p=0.5)] if blur or size >= 64 else []
-        return transforms.Compose([crop, jitter, grayscale, *blurs, flip, to_tensor()])
-    return transforms.Compose([crop, grayscale, transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, to_tensor()])
+        return transforms.Compose([crop, jitter, grayscale, *blurs, flip, to_tensor(stats)])
+    return transforms.Compose([crop, grayscale, transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, to_tensor(stats)])
 
 
-def classifier_augmentation(size):
+def classifier_augmentation(size, stats="imagenet"):
     """A training view of the linear probe and of fine-tuning: a random crop and flip. PIL image → (3, size, size)."""
-    return transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), to_tensor()])
+    crop, flip = transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()
+    return transforms.Compose([crop, flip, to_tensor(stats)])
 
 
-def center_view(size):
+def center_view(size, stats="imagenet"):
     """The centre of an image: resized to 256/224 of `size` (below 64 pixels to `size`), centre-cropped.
 
     PIL image → (3, size, size).
     """
     resized = size if size < 64 else round(size * 256 / 224)
-    return transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size), to_tensor()])
+    return transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size), to_tensor(stats)])
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import importlib.util
+import math
 import os
 
 import torchvision
@@ -11,9 +13,28 @@ class UserError(ValueError):
     """A mistake of the user's: the launcher prints its one line on stderr and exits with status 2."""
 
 
+# mean and standard deviation of a data set's training images, in [0, 1]: what images are normalised with
+STATS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # MoCo's
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "stl10": ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
+}
+# --dataset: (whose STATS, side of its crops in pixels)
+DATASETS = {
+    "imagefolder": ("imagenet", 224),
+    "cifar10": ("cifar10", 32),
+    "cifar100": ("cifar100", 32),
+    "stl10": ("stl10", 96),
+    "imagenette": ("imagenet", 224),
+    "caltech256": ("imagenet", 224),
+}
+STEMS = ("imagenet", "cifar")
+LARGEST = 10_000  # pixels of an image's side: no file's word may have a network of any size built
+
 # flags that may differ between a run and its continuation without a word
 UNRELATED = set(
-    "data workers resume overwrite save_dir log_dir print_freq start_epoch deterministic "
+    "data download cache_images workers resume overwrite save_dir log_dir print_freq start_epoch deterministic "
     "world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
 )
 
@@ -66,29 +87,126 @@ def number(kind, low=None, high=None, *, above=None):
     return parse
 
 
+def pair(low, high):
+    """An argparse type: two numbers MIN,MAX with low < MIN <= MAX <= high."""
+
+    def parse(text):
+        try:
+            least, greatest = map(float, text.split(","))
+        except ValueError:
+            least = greatest = math.nan
+        if not low < least <= greatest <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not MIN,MAX with {low} < MIN <= MAX <= {high}")
+        return [least, greatest]
+
+    return parse
+
+
+def length(text):
+    """An argparse type: a number of epochs, fractions allowed, or of steps with an s after it, such as "2500s"."""
+    try:
+        if text.endswith("s"):
+            return f"{number(int, 0)(text[:-1])}s"
+        epochs = number(float, 0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of epochs >= 0, or of steps, such as 2500s"
+        ) from error
+    return int(epochs) if epochs == int(epochs) else epochs
+
+
+def in_epochs(length, steps):
+    """A `length` as epochs, of `steps` steps each."""
+    return int(length[:-1]) / steps if isinstance(length, str) else length
+
+
+def lengths(count):
+    """An argparse type: one `length`, or `count` of them with commas → that one, or a list."""
+
+    def parse(text):
+        found = [length(part) for part in text.split(",")]
+        if len(found) not in (1, count):
+            raise argparse.ArgumentTypeError(f"{text!r} are {len(found)} numbers, where 1 or {count} are wanted")
+        return found[0] if len(found) == 1 else found
+
+    return parse
+
+
 def architecture(name):
-    """An argparse type: the name of one of torchvision's classification networks."""
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
+    """An argparse type: the name of one of torchvision's classification networks, or timm:NAME for one of timm's."""
+    if name.startswith("timm:"):
+        if importlib.util.find_spec("timm") is None:
+            raise argparse.ArgumentTypeError(f"{name!r} needs the package timm: pip install timm")
+        import timm  # an optional package, used for these networks alone
+
+        kind, name = "timm", name.removeprefix("timm:")
+        known, names = timm.is_model(name), timm.list_models()
+    else:
+        kind, names = "torchvision classification", torchvision.models.list_models(module=torchvision.models)
+        known = name in names
+    given = f"timm:{name}" if kind == "timm" else name
+    if not known:
         near = difflib.get_close_matches(name.lower(), names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"
-        raise argparse.ArgumentTypeError(f"{name!r} is not a torchvision classification network; {hint}")
-    return name
+        listed = f"choose one of {', '.join(names)}" if kind != "timm" else "timm.list_models() lists them"
+        hint = f"did you mean {near[0]!r}?" if near else listed
+        raise argparse.ArgumentTypeError(f"{given!r} is not a {kind} network; {hint}")
+    return given
 
 
 def add_data(parser):
-    """What to read: the data folder, the network's name, the image size, the loading workers."""
+    """What to read and with which network: data set, image size, loading workers, network."""
     flag = parser.add_argument
-    flag("data", metavar="DATA", help="folder in ImageNet's layout: train/CLASS/IMAGE, val/CLASS/IMAGE")
-    flag("-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network")
-    flag("--img-size", default=224, type=number(int, 8), help="side of the square crops, in pixels")
+    flag(
+        "data",
+        metavar="DATA",
+        help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
+    )
+    flag("--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets")
+    flag("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
+    flag("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
+    flag("--limit-images", type=number(int, 1), metavar="N", help="of each split N images, class-balanced: for trials")
+    flag("--split-seed", default=0, type=number(int, 0), help="of --limit-images' choice and of Caltech-256's val")
+    flag("-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network, or timm:NAME")
+    flag("--stem", choices=STEMS, help="a ResNet's: ImageNet's, or for small images 3x3, stride 1 and no max-pool")
+    flag("--img-size", type=number(int, 8, LARGEST), help="side of the square crops (unset: by --dataset, 224 or less)")
+    flag("--stats", choices=STATS, help="whose mean and deviation normalise the images (unset: those of --dataset)")
     flag("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
 
 
-def add_run(parser, *, epochs, batch_size, save_dir):
-    """Length, reporting and output of a run; the defaults are the script's own."""
+def check_data(args):
+    """Raise UserError where the flags of `add_data` contradict each other."""
+    if args.download and args.dataset == "imagefolder":
+        raise UserError(f"--download: name what to fetch with --dataset {{{','.join(list(DATASETS)[1:])}}}")
+
+
+def settle(args, path="", config=None):
+    """Give --stem, --img-size and --stats their values where they are unset.
+
+    path, config: a checkpoint's and its settings, which decide then; else --dataset does.
+    Raises UserError if those settings are nothing that can be.
+    """
+    stats, size = DATASETS[args.dataset]
+    config = config or {}
+    found = {"stem": "imagenet", "img_size": size, "stats": stats}
+    found |= {name: config[name] for name in found if config.get(name) is not None}
+    for name, good, wanted in (
+        ("stem", found["stem"] in STEMS, f"one of {', '.join(STEMS)}"),
+        ("img_size", isinstance(found["img_size"], int) and 1 <= found["img_size"] <= LARGEST, "a number of pixels"),
+        ("stats", isinstance(found["stats"], str) and found["stats"] in STATS, f"one of {', '.join(STATS)}"),
+    ):
+        if getattr(args, name) is None:
+            if not good:
+                raise UserError(f"{path}: its {name} is {found[name]!r}, not {wanted}")
+            setattr(args, name, found[name])
+
+
+def add_run(parser, *, epochs, batch_size, save_dir, steps=False):
+    """Length (in `steps`, too, if asked), reporting and output of a run; the defaults are the script's own."""
     flag = parser.add_argument
-    flag("--epochs", default=epochs, type=number(int, 1), help="epochs to run")
+    lasting = parser.add_mutually_exclusive_group()
+    lasting.add_argument("--epochs", default=epochs, type=number(int, 1), help="epochs to run")
+    if steps:
+        lasting.add_argument("--steps", type=number(int, 1), help="steps to run, in place of --epochs")
     flag("--start-epoch", default=0, type=number(int, 0), help="epoch to start at; --resume sets it")
     flag("-b", "--batch-size", default=batch_size, type=number(int, 1), help="per node, shared by its processes")
     flag("-p", "--print-freq", default=10, type=number(int, 1), help="steps between progress lines")
@@ -103,7 +221,8 @@ def add_run(parser, *, epochs, batch_size, save_dir):
 
 
 def check_run(args):
-    """Raise UserError where the flags of `add_run` contradict each other."""
+    """Raise UserError where the flags of `add_data` and `add_run` contradict each other."""
+    check_data(args)
     if args.start_epoch >= args.epochs:
         raise UserError(f"--start-epoch {args.start_epoch} must be below --epochs {args.epochs}")
     if args.overwrite and args.resume == "auto":

@@ -1,7 +1,6 @@
 """Label splits: SimCLR's lists of 1 % and 10 % of ImageNet, a class-balanced draw elsewhere, or any list in a file."""
 
 import collections
-import copy
 import hashlib
 import http.client
 import os
@@ -10,7 +9,7 @@ import tempfile
 import time
 import urllib.request
 
-from synco import checkpoint, distributed
+from synco import checkpoint, datasets, distributed
 from synco.options import UserError
 
 # https://github.com/google-research/simclr (arXiv 2002.05709): {percent: (name, SHA-256)}
@@ -24,9 +23,9 @@ WNID = re.compile(r"n\d{8}")  # the name of one of ImageNet's classes
 
 
 def subset(images, percent, seed, file=None):
-    """The labelled part of a training folder → (an ImageFolder of those images, where the list is from, in words).
+    """The labelled part of a training folder → (`Images`, where the list is from, in words).
 
-    images: a `loader.image_folder`; percent: 1, 10 or 100; file: a list to use in place of the percent's.
+    images: `datasets.Images`; percent: 1, 10 or 100; file: a list to use in place of the percent's.
     On ImageNet 1 and 10 are SimCLR's lists, elsewhere a class-balanced draw, see `balanced`.
     Raises UserError for a list that cannot be had or that is not this folder's. Every process must call this.
     """
@@ -46,24 +45,14 @@ def is_imagenet(classes):
 
 
 def balanced(images, percent, seed):
-    """Draw `percent` of each class's images, rounded, at least one → their names in the folder, sorted.
+    """Draw `percent` of each class's images, rounded, at least one → their names, sorted.
 
     Those with the smallest SHA-256 of (seed, percent, name): neither the machine nor the order of reading matters.
     """
-    of_class = collections.defaultdict(list)
-    for name, (_, label) in names_of(images).items():
-        of_class[label].append(name)
     chosen = []
-    for names in of_class.values():
-        names.sort(key=lambda name: hashlib.sha256(os.fsencode(f"{seed}/{percent}/{name}")).digest())
-        chosen += names[: max(1, round(len(names) * percent / 100))]
-    return sorted(chosen)
-
-
-def names_of(images):
-    """{"class/file": (path, label)} of an ImageFolder."""
-    start = len(images.root.rstrip(os.sep)) + 1
-    return {path[start:].replace(os.sep, "/"): (path, label) for path, label in images.samples}
+    for positions in datasets.by_class(images, f"{seed}/{percent}"):
+        chosen += positions[: max(1, round(len(positions) * percent / 100))]
+    return sorted(images.names[i] for i in chosen)
 
 
 def read_list(path):
@@ -97,11 +86,11 @@ def parse(content, path):
 
 
 def restricted(images, names, path="the draw"):
-    """The images with these names, sorted by them, as an ImageFolder with all its classes.
+    """The images with these names, sorted by them, as `Images` with all their classes.
 
     Raises UserError that counts and names those that are not there; `path` is where the names are from.
     """
-    known = names_of(images)
+    known = {name: position for position, name in enumerate(images.names)}
     strange = sorted({name.split("/")[0] for name in names} - set(images.classes))
     if strange:
         raise UserError(
@@ -114,16 +103,13 @@ def restricted(images, names, path="the draw"):
             f"{path}: {len(missing)} of its {len(names)} images are not in {images.root}, "
             f"such as {', '.join(missing[:3])}"
         )
-    part = copy.copy(images)
-    part.samples = part.imgs = [known[name] for name in sorted(names)]
-    part.targets = [label for _, label in part.samples]
-    return part
+    return images.part([known[name] for name in sorted(names)])
 
 
 def list_of(images):
-    """The names of an ImageFolder's images, sorted, as `parse` reads them: "wnid_N.JPEG" where that tells the class."""
+    """The names of the images, sorted, as `parse` reads them: "wnid_N.JPEG" where that tells the class."""
     lines = []
-    for name in sorted(names_of(images)):
+    for name in sorted(images.names):
         group, _, file = name.partition("/")
         short = WNID.fullmatch(group) and file.rpartition("_")[0] == group
         lines.append(os.fsencode(file if short else name) + b"\n")

@@ -1,6 +1,5 @@
 """A trial of the linear probe or of fine-tuning: its files, settings, images and network, from start to result."""
 
-import copy
 import csv
 import io
 import json
@@ -12,8 +11,8 @@ import time
 import torch
 import torch.nn as nn
 
-from synco import checkpoint, classify, distributed, loader, metrics, options
-from synco.builder import fitting, head_name, torchvision_network, try_images
+from synco import checkpoint, classify, datasets, distributed, loader, metrics, options
+from synco.builder import fitting, head_name, network_of, try_images
 from synco.classify import changed_weights, frozen_weights, new_last_layer, validate
 from synco.distributed import say
 from synco.options import UserError
@@ -58,6 +57,9 @@ class Trial:
         args.deterministic = args.seed is not None or before.get("deterministic") is True
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
         args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, self.path, before))
+        self.found = checkpoint.load(args.pretrained) if args.pretrained not in (None, "random") else None
+        origin = self.found or self.saved
+        options.settle(args, args.pretrained or self.path, origin["config"] if origin else None)
         self.batch = loader.batch_each(args.batch_size, process.local_size)
         args.global_batch = self.batch * process.world_size
         self.start_epoch, self.best, self.last = args.start_epoch, None, None
@@ -95,25 +97,31 @@ class Trial:
         """Find the images. choose: takes the training folder and returns the part of it to train on."""
         args, process = self.args, self.process
         workers = loader.workers_each(args.workers, process.local_size)
-        val = loader.image_folder(args.data, "val")
+        datasets.fetch(args, process)
+        val = datasets.load(args, "val")
         args.classes, args.val_images = val.classes, len(val)
         shown = {"val": val}
         if not args.evaluate or args.eval_train:
-            train = loader.image_folder(args.data, "train")
-            loader.same_classes(train, val, args.data)
+            train = datasets.load(args, "train")
+            datasets.same_classes(train, val, args.data)
             train = choose(train) if choose else train
-            views = loader.Augmented(train, loader.classifier_augmentation(args.img_size), args.seed)
+            if args.eval_train:
+                shown["train"] = train
+            if args.cache_images:
+                datasets.cache([train, val], process.local_size)
+            view = loader.classifier_augmentation(args.img_size, args.stats)
+            views = loader.Augmented(train, view, args.seed)
             self.batches = loader.train_loader(
                 views, self.batch, process=process, workers=workers, seed=args.seed, keep_last=True
             )
             self.train_images, self.steps = train, len(self.batches)
             args.train_images = len(train)
-            if args.eval_train:
-                shown["train"] = copy.copy(train)  # the same images, other views
+        elif args.cache_images:
+            datasets.cache([val], process.local_size)
         self.shown = {}
         for name, images in shown.items():
-            images.transform = loader.center_view(args.img_size)
-            self.shown[name] = loader.eval_loader(images, self.batch, process=process, workers=workers)
+            centre = images.seen(loader.center_view(args.img_size, args.stats))
+            self.shown[name] = loader.eval_loader(centre, self.batch, process=process, workers=workers)
 
     def make_network(self):
         """The network with --pretrained's backbone and a new last layer, fc ~ N(0, 0.01²) with bias 0, on its device.
@@ -123,14 +131,14 @@ class Trial:
         args = self.args
         torch.manual_seed(args.seed)
         with fitting(args.arch, args.img_size):
-            network = torchvision_network(args.arch, args.img_size)(num_classes=len(args.classes))
+            network = network_of(args.arch, args.img_size, args.stem)(num_classes=len(args.classes))
             self.head = head_name(network, len(args.classes))
         last = new_last_layer(network, self.head)
         config = self.saved["config"] if self.saved else {}
         self.loaded, args.checkpoint_sha256 = {}, None
         self.source, self.pretrained = f"random weights, seed {args.seed}", args.pretrained
-        if args.pretrained not in (None, "random"):
-            found = checkpoint.load(args.pretrained)
+        if self.found:
+            found, self.found = self.found, None  # its memory
             self.loaded = checkpoint.backbone(found, args.pretrained, self.head, arch=args.arch)
             count = checkpoint.load_backbone(network, self.head, self.loaded, args.pretrained)
             self.source, config = checkpoint.summary(found, args.pretrained, count), found["config"] | config
@@ -140,9 +148,12 @@ class Trial:
             self.source = f"that of {self.path}"
             if args.pretrained is None:
                 self.pretrained, args.checkpoint_sha256 = config.get("pretrained"), config.get("checkpoint_sha256")
-        size = config.get("img_size", args.img_size)
-        if size != args.img_size and (args.evaluate or not self.saved):  # a trial that goes on is compared in `_resume`
-            distributed.warn(f"--img-size {args.img_size}: {self.path or args.pretrained} is of a run with {size}")
+        for name in ("img_size", "stats"):
+            value, flag = getattr(args, name), name.replace("_", "-")
+            # a trial that goes on is compared in `_resume`
+            if config.get(name, value) != value and (args.evaluate or not self.saved):
+                source = self.path or args.pretrained
+                distributed.warn(f"--{flag} {value}: {source} is of a run with {config[name]}")
         network.to(self.process.device)
         try_images(network, args.arch, args.img_size)
         self.network = network

@@ -16,8 +16,8 @@ from synco.builder import (
     SynCo,
     features,
     head_name,
+    network_of,
     split_batch_norm,
-    torchvision_network,
     update_ema,
 )
 from synco.negatives import hardest, synthesize
@@ -52,7 +52,7 @@ def test_a_fresh_queue_has_unit_rows():
 
 
 def test_state_dict_names_are_the_published_ones():
-    model = SynCo(torchvision_network("resnet18", 32), K=64, n_hard=8)
+    model = SynCo(network_of("resnet18", 32), K=64, n_hard=8)
     names = set(model.state_dict())
     resnet = set(torchvision.models.resnet18().state_dict()) - {"fc.weight", "fc.bias"}
     resnet |= {"fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"}
@@ -61,7 +61,7 @@ def test_state_dict_names_are_the_published_ones():
     # the order that the published optimiser states rely on: the query encoder's parameters, then the key encoder's
     order = [name for name, _ in model.named_parameters()]
     assert order == sorted(order, key=lambda name: not name.startswith("encoder_q"))
-    linear = SynCo(torchvision_network("resnet18", 32), K=64, n_hard=8, mlp=False)
+    linear = SynCo(network_of("resnet18", 32), K=64, n_hard=8, mlp=False)
     assert linear.encoder_q.fc.weight.shape == (128, 512)
 
 
@@ -83,9 +83,9 @@ def test_state_dict_names_are_the_published_ones():
     ],
 )
 def test_the_head_is_found_by_what_it_is(arch, head, size):
-    network = torchvision_network(arch, size)(num_classes=12)
+    network = network_of(arch, size)(num_classes=12)
     assert head_name(network, 12) == head
-    model = SynCo(torchvision_network(arch, size), 12, 16, n_hard=4, n1=1, n2=1, n3=1, n4=1, n5=1, n6=1)
+    model = SynCo(network_of(arch, size), 12, 16, n_hard=4, n1=1, n2=1, n3=1, n4=1, n5=1, n6=1)
     images = torch.randn(2, 3, size, size)
     logits, _ = model.eval()(images, images)
     assert logits.shape == (2, 1 + 16 + 6)
@@ -95,7 +95,7 @@ def test_the_head_is_found_by_what_it_is(arch, head, size):
 
 def test_a_network_without_a_linear_head_is_refused():
     with pytest.raises(ValueError, match="SqueezeNet has no linear layer with 128 outputs"):
-        SynCo(torchvision_network("squeezenet1_1", 32))
+        SynCo(network_of("squeezenet1_1", 32))
 
 
 @pytest.mark.parametrize(

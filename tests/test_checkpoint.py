@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 
 from synco import checkpoint
-from synco.builder import SynCo, torchvision_network
+from synco.builder import SynCo, network_of
 from synco.options import UserError
 
 FEW = {"n_hard": 8, "n1": 2, "n2": 2, "n3": 2, "n4": 1, "n5": 1, "n6": 1}
@@ -19,7 +19,7 @@ FEW = {"n_hard": 8, "n1": 2, "n2": 2, "n3": 2, "n4": 1, "n5": 1, "n6": 1}
 
 def resnet(seed=0, K=48):
     torch.manual_seed(seed)
-    model = SynCo(torchvision_network("resnet18", 32), 16, K, mlp=True, **FEW)
+    model = SynCo(network_of("resnet18", 32), 16, K, mlp=True, **FEW)
     return model, torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
 
 

@@ -11,7 +11,7 @@ from conftest import ARCH, processes
 from torch.utils.data import TensorDataset
 
 import main_lincls
-from synco import checkpoint, classify, loader, trial
+from synco import checkpoint, classify, datasets, loader, trial
 from synco.builder import features
 from synco.distributed import Process
 
@@ -127,7 +127,7 @@ def test_the_probe_is_softmax_regression_on_the_features(programs, pretrained, d
     assert set(net.load_state_dict(own, strict=False).missing_keys) == {"fc.weight", "fc.bias"}
     net.eval()
 
-    train = loader.image_folder(data, "train")
+    train = datasets.image_folder(data, "train")
     views = loader.Augmented(train, loader.classifier_augmentation(32), 5)
     W = found["module.fc.weight"].numpy().astype(np.float64) * 0
     b = np.zeros(3)

@@ -11,7 +11,7 @@ import torchvision
 from conftest import ARCH, make_images, processes
 from torch.utils.data import TensorDataset
 
-from synco import knn, loader
+from synco import datasets, knn, loader
 from synco.distributed import Process
 
 
@@ -60,7 +60,7 @@ def sets():
 def _accuracy(rank, world_size):
     parts = [loader.eval_loader(s, 4, process=Process(rank, world_size), workers=0) for s in sets()]
     net = network(rank)
-    found = knn.accuracy(net, "fc", *parts, torch.device("cpu"), classes=3, k=5)
+    found = knn.accuracy(net, "fc", *parts, torch.device("cpu"), classes=3, k=5)["top1"]
     return found, net.training
 
 
@@ -80,7 +80,7 @@ def _tiny(rank):
     bank = TensorDataset(torch.eye(6), torch.arange(6) % 3)
     queries = TensorDataset(torch.eye(6)[:2], torch.arange(2))
     parts = [loader.eval_loader(s, 4, process=Process(rank, 3), workers=0) for s in (bank, queries)]
-    return knn.accuracy(network(0), "fc", *parts, torch.device("cpu"), classes=3, k=1)
+    return knn.accuracy(network(0), "fc", *parts, torch.device("cpu"), classes=3, k=1)["top1"]
 
 
 def test_a_process_may_have_no_images_at_all():
@@ -102,7 +102,7 @@ def test_the_command_line(programs, data, tmp_path):
     torch.manual_seed(7)
     net = torchvision.models.get_model(ARCH)
     net.fc = nn.Identity()
-    images = loader.image_folder(data, "train")
+    images = datasets.image_folder(data, "train")
     images.transform = loader.center_view(32)
     with torch.no_grad():  # statistics of these images, without which an untrained network's features are all alike
         for _ in range(30):
@@ -113,7 +113,7 @@ def test_the_command_line(programs, data, tmp_path):
     pretrained = tmp_path / "ours.pth.tar"
     sets = []
     for split in ("train", "val"):
-        images = loader.image_folder(data, split)
+        images = datasets.image_folder(data, split)
         images.transform = loader.center_view(32)
         with torch.no_grad():
             rows = [(F.normalize(net(x[None]).double(), dim=1)[0].numpy(), label) for x, label in images]

@@ -9,7 +9,7 @@ from conftest import make_images
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from synco import loader
+from synco import datasets, loader
 from synco.distributed import Process, seed_of
 from synco.options import UserError
 
@@ -35,15 +35,15 @@ def test_unreadable_images_are_named(tmp_path):
 
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        loader.image_folder(str(tmp_path / "nowhere"), "train")
+        datasets.image_folder(str(tmp_path / "nowhere"), "train")
     with pytest.raises(UserError, match="has no folder 'train'"):
-        loader.image_folder(str(tmp_path), "train")
+        datasets.image_folder(str(tmp_path), "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(UserError, match="train: .*it should hold CLASS/IMAGE"):
-        loader.image_folder(str(tmp_path), "train")
+        datasets.image_folder(str(tmp_path), "train")
     (tmp_path / "train" / "c0").mkdir()
     with pytest.raises(UserError, match="train: .*c0.*it should hold CLASS/IMAGE"):
-        loader.image_folder(str(tmp_path), "train")
+        datasets.image_folder(str(tmp_path), "train")
 
 
 def names(compose):
@@ -57,7 +57,7 @@ def names(compose):
 
 
 def test_the_augmentations_are_the_published_ones():
-    v2, v1 = loader.augmentation(224, True), loader.augmentation(224, False)
+    v2, v1 = loader.augmentation(224, "v2"), loader.augmentation(224, "v1")
     assert list(names(v2)) == [
         "RandomResizedCrop", "ColorJitter p=0.8", "RandomGrayscale", "GaussianBlur p=0.5", "RandomHorizontalFlip",
         "ToTensor", "Normalize",
@@ -65,7 +65,7 @@ def test_the_augmentations_are_the_published_ones():
     assert list(names(v1)) == [
         "RandomResizedCrop", "RandomGrayscale", "ColorJitter", "RandomHorizontalFlip", "ToTensor", "Normalize"
     ]  # fmt: skip
-    small, asked = loader.augmentation(32, True), loader.augmentation(32, True, blur=True)
+    small, asked = loader.augmentation(32), loader.augmentation(32, blur=True)
     assert "GaussianBlur p=0.5" not in names(small) and list(names(asked)) == list(names(v2))
     for view in (v1, v2):
         assert view.transforms[0].scale == (0.2, 1.0) and view.transforms[0].size == (224, 224)
@@ -98,7 +98,7 @@ def test_center_view(size, resized):
 @pytest.fixture
 def pairs(tmp_path):
     make_images(tmp_path / "train", classes=3, images=5)
-    return loader.TwoCrops(loader.image_folder(str(tmp_path), "train"), loader.augmentation(24, True), seed=9)
+    return loader.TwoCrops(datasets.image_folder(str(tmp_path), "train"), loader.augmentation(24), seed=9)
 
 
 def test_views_are_a_function_of_seed_epoch_and_index(pairs):
@@ -211,7 +211,7 @@ def test_different_classes_are_listed(tmp_path):
     for name in ("train/a", "train/b", "val/b", "val/c"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.jpg")
-    train, val = (loader.image_folder(tmp_path, split) for split in ("train", "val"))
+    train, val = (datasets.image_folder(tmp_path, split) for split in ("train", "val"))
     with pytest.raises(UserError, match=r"different classes: a \(in train only\), c \(in val only\)$"):
-        loader.same_classes(train, val, tmp_path)
-    loader.same_classes(train, train, tmp_path)
+        datasets.same_classes(train, val, tmp_path)
+    datasets.same_classes(train, train, tmp_path)

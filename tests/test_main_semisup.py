@@ -11,7 +11,7 @@ from conftest import ARCH, command, make_images
 from PIL import Image
 from test_main_lincls import equal, lines_of, refused, result
 
-from synco import checkpoint, subsets, trial
+from synco import checkpoint, datasets, subsets, trial
 
 FLAGS = f"-a {ARCH} --img-size 32 -j 0 -b 8 --epochs 3 --seed 3 -p 2 --lr-classifier 0.5".split()
 TUNE = [*FLAGS, "--weights", "finetune", "--lr-backbone", "0.02"]
@@ -72,7 +72,7 @@ def test_one_step_of_fine_tuning_is_plain_sgd(data, pretrained, tmp_path, progra
     own = {n.removeprefix("module.encoder_q."): w for n, w in state.items() if "encoder_q" in n and ".fc." not in n}
     net.load_state_dict(own, strict=False)
     net.train()
-    views = loader.Augmented(loader.image_folder(data, "train"), loader.classifier_augmentation(32), 3)
+    views = loader.Augmented(datasets.image_folder(data, "train"), loader.classifier_augmentation(32), 3)
     batches = loader.train_loader(views, 24, process=Process(), workers=0, seed=3, keep_last=True)
     velocity = {}
     for epoch in range(2):

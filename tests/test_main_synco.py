@@ -1,11 +1,13 @@
 """The program as a user runs it: whole runs, resumed runs, several processes, and bad input."""
 
+import argparse
 import json
 import math
 import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, command, free_port, make_images
@@ -38,7 +40,7 @@ def test_a_run(undisturbed, data):
     assert run.returncode == 0 and run.stderr == ""
     for fact in (
         "SynCo: 14 synthetic negatives a query (4 interpolated, 3 extrapolated, 2 mixed, 2 noisy, 2 perturbed, "
-        "1 adversarial), made from the 16 hardest of 64 queue rows, in epochs 1 to 1",
+        "1 adversarial), made from the 16 hardest of 64 queue rows, from epoch 1 on",
         "device             cpu",
         "world size         1",
         "batch per process  8",
@@ -53,7 +55,7 @@ def test_a_run(undisturbed, data):
     assert re.fullmatch(pattern, lines[-1])
     knn = [line for line in run.stdout.splitlines() if line.startswith("kNN after")]
     assert [line[:18] for line in knn] == ["kNN after 0 epochs", "kNN after 1 epochs", "kNN after 2 epochs"]
-    assert all(re.fullmatch(r"kNN after . epochs: \d+\.\d\d %", line) for line in knn)
+    assert all(re.fullmatch(r"kNN after . epochs: \d+\.\d\d % \(projection \d+\.\d\d %\)", line) for line in knn)
 
     config = json.loads((folder / "config.json").read_text())
     assert config["seed"] == 3 and config["global_batch"] == 8 and config["method"].startswith("SynCo")
@@ -98,16 +100,29 @@ def test_loss_and_learning_rate_are_the_recipes(undisturbed):
     rates = {line["epoch"]: line["lr"] for line in metrics.read_log(folder / "log.jsonl") if line["kind"] == "train"}
     assert rates == {0: 0.03, 1: pytest.approx(0.015)}
 
-    class Args:
-        lr, cos, schedule, epochs = 0.03, False, [120, 160], 200
+    args = recipe()
+    rates = [main_synco.learning_rate(7 * epoch, 7, args) for epoch in (0, 119, 120, 159, 160, 199)]
+    assert rates == pytest.approx([0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003])
+    args.cos = True
+    rates = [main_synco.learning_rate(7 * epoch + 6, 7, args) for epoch in (0, 100, 150)]  # the same in a whole epoch
+    assert rates == pytest.approx([0.03, 0.015, 0.0043934], rel=1e-4)
 
-    assert [main_synco.learning_rate(e, Args) for e in (0, 119, 120, 159, 160, 199)] == pytest.approx(
-        [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003]
-    )
-    Args.cos = True
-    assert [main_synco.learning_rate(e, Args) for e in (0, 100, 150)] == pytest.approx(
-        [0.03, 0.015, 0.0043934], rel=1e-4
-    )
+
+def recipe(**settings):
+    """The flags that `learning_rate` looks at, at their defaults."""
+    defaults = {"lr": 0.03, "cos": False, "schedule": [120, 160], "epochs": 200, "steps": None, "lr_min": 0.0}
+    return argparse.Namespace(**defaults | {"lr_warmup_epochs": 0, "lr_warmup": 0.0} | settings)
+
+
+def test_a_warm_up_is_linear_and_the_cosine_takes_the_rest():
+    """A published trainer's: 2.5e-7 to 2e-4 in 2,500 steps, then a cosine to 2.5e-6 at 25,000."""
+    args = recipe(lr=2e-4, cos=True, steps=25_000, lr_min=2.5e-6, lr_warmup_epochs="2500s", lr_warmup=2.5e-7)
+    rates = [main_synco.learning_rate(done, 382, args) for done in (0, 1250, 2500, 13_750, 25_000)]
+    assert rates == pytest.approx([2.5e-7, 1.00125e-4, 2e-4, 1.0125e-4, 2.5e-6])
+    args = recipe(cos=True, epochs=11, lr_warmup_epochs=1)  # in epochs: a step of the cosine an epoch, as MoCo's
+    rates = [main_synco.learning_rate(done, 10, args) for done in (0, 5, 10, 19, 60, 109)]
+    expected = [0.03 * 0.5 * (1 + np.cos(np.pi * part)) for part in (0, 0, 0.5, 0.9)]
+    assert rates == pytest.approx([0, 0.015, *expected])
 
 
 def test_the_number_of_workers_does_not_change_a_bit(undisturbed, data, tmp_path):

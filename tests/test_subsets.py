@@ -11,7 +11,7 @@ import time
 import pytest
 from PIL import Image
 
-from synco import loader, subsets
+from synco import datasets, subsets
 from synco.options import UserError
 
 SIZES = {"ant": 200, "bee": 25, "cow": 14, "dog": 3, "eel": 1}
@@ -23,7 +23,7 @@ def make(folder, sizes):
         (folder / "train" / group).mkdir(parents=True)
         for i in range(count):
             (folder / "train" / group / f"{group}_{i}.JPEG").touch()
-    return loader.image_folder(folder, "train")
+    return datasets.image_folder(folder, "train")
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +37,14 @@ def photos(tmp_path_factory):
     return make(tmp_path_factory.mktemp("imagenet"), {"n01440764": 4, "n04235860": 5})
 
 
-def names(part):
-    return [os.path.relpath(path, part.root) for path, _ in part.samples]
-
-
 @pytest.mark.parametrize("percent, counts", [(1, [2, 1, 1, 1, 1]), (10, [20, 2, 1, 1, 1])])
 def test_the_draw_is_class_balanced(images, percent, counts):
     part, source = subsets.subset(images, percent, 7)
     assert source == "class-balanced draw, seed 7"
     assert [part.targets.count(label) for label in range(5)] == counts  # 2.5 is rounded to 2, 0.25 and 0.3 up to one
-    assert len(set(names(part))) == sum(counts) and set(part.samples) <= set(images.samples)
+    assert len(set(part.names)) == sum(counts) and set(part.names) <= set(images.names)
     assert part.classes == images.classes and len(images) == 243  # the folder itself stays whole
-    assert all(images.class_to_idx[name.split("/")[0]] == label for name, label in zip(names(part), part.targets))
+    assert all(images.classes[label] == name.split("/")[0] for name, label in zip(part.names, part.targets))
 
 
 def test_the_draw_is_that_of_its_definition(images):
@@ -59,15 +55,15 @@ def test_the_draw_is_that_of_its_definition(images):
         of_class = [f"{group}/{group}_{i}.JPEG" for i in range(count)]
         of_class.sort(key=lambda name: hashlib.sha256(f"3/10/{name}".encode()).hexdigest())
         expected += of_class[: max(1, round(count / 10))]
-    assert names(part) == sorted(expected)
+    assert part.names == sorted(expected)
 
 
 def test_neither_place_nor_order_matter_but_seed_and_percent_do(images, tmp_path):
     elsewhere = make(tmp_path / "a b", SIZES)
-    random.Random(0).shuffle(elsewhere.samples)
-    draws = {(s, p): names(subsets.subset(images, p, s)[0]) for s in (0, 1) for p in (1, 10)}
+    elsewhere = elsewhere.part(random.Random(0).sample(range(243), 243))
+    draws = {(s, p): subsets.subset(images, p, s)[0].names for s in (0, 1) for p in (1, 10)}
     for (seed, percent), drawn in draws.items():
-        assert names(subsets.subset(elsewhere, percent, seed)[0]) == drawn
+        assert subsets.subset(elsewhere, percent, seed)[0].names == drawn
     assert draws[0, 10] != draws[1, 10] and draws[0, 1] != draws[1, 1]
     assert subsets.subset(images, 100, 0) == (images, "all training images")
 
@@ -76,7 +72,7 @@ def test_a_list_in_simclrs_format(photos, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_bytes(b"\xef\xbb\xbfn04235860_3.JPEG\r\n\r\nn01440764_2.JPEG\r\nn04235860_0.JPEG\r\n")
     part, source = subsets.subset(photos, 1, 0, str(listed))
-    assert names(part) == ["n01440764/n01440764_2.JPEG", "n04235860/n04235860_0.JPEG", "n04235860/n04235860_3.JPEG"]
+    assert part.names == ["n01440764/n01440764_2.JPEG", "n04235860/n04235860_0.JPEG", "n04235860/n04235860_3.JPEG"]
     assert part.targets == [0, 1, 1] and source == str(listed)
 
 
@@ -90,7 +86,7 @@ def test_what_is_written_is_read_again(photos, images, tmp_path):
             lines = file.readlines()
         assert lines == sorted(lines) and len(lines) == len(part)
         assert all(("/" in text) == ("/" in line) for text in lines)
-        assert subsets.subset(given, 100, 0, path)[0].samples == part.samples
+        assert subsets.subset(given, 100, 0, path)[0].names == part.names
         with pytest.raises(UserError, match="is there and holds something else"):
             subsets.write_list(subsets.subset(given, 10, 5)[0], path)
         with open(path) as file:
@@ -156,12 +152,12 @@ def server(tmp_path, monkeypatch):
 def test_the_published_list_is_downloaded_once_and_checked(photos, server):
     folder, web = server
     part, source = subsets.subset(photos, 1, 0)
-    assert names(part) == ["n01440764/n01440764_1.JPEG", "n04235860/n04235860_2.JPEG"]
+    assert part.names == ["n01440764/n01440764_1.JPEG", "n04235860/n04235860_2.JPEG"]
     assert source == "SimCLR's 1percent.txt"
     cached = folder / "cache" / "synco" / "1percent.txt"
     assert os.listdir(cached.parent) == ["1percent.txt"]
     (folder / "web" / "1percent.txt").write_text("n01440764_0.JPEG\n")
-    assert subsets.subset(photos, 1, 0)[0].samples == part.samples  # from the cache
+    assert subsets.subset(photos, 1, 0)[0].names == part.names  # from the cache
     cached.write_text("n01440764_0.JPEG\n")
     with pytest.raises(UserError, match="1percent.txt: not SimCLR's list .*remove it"):
         subsets.subset(photos, 1, 0)
@@ -230,4 +226,4 @@ def test_imagenets_classes_with_a_list_of_other_ones(tmp_path, server):
     (tmp_path / "x" / "train" / "n00000001").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "x" / "train" / "n00000001" / "n00000001_1.JPEG")
     with pytest.raises(UserError, match="a list of other images: 2 of its classes are not in"):
-        subsets.subset(loader.image_folder(tmp_path / "x", "train"), 1, 0)
+        subsets.subset(datasets.image_folder(tmp_path / "x", "train"), 1, 0)

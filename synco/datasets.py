@@ -1,0 +1,320 @@
+"""Data sets: a folder in ImageNet's layout, or one of torchvision's by name, all as `Images`."""
+
+import collections
+import concurrent.futures
+import copy
+import hashlib
+import lzma
+import os
+import pickle
+import tarfile
+import zlib
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+
+from synco import distributed
+from synco.loader import read_image
+from synco.options import UserError, usable_cpus
+
+IMAGENETTE = "imagenette2-320"  # the folder of the version whose shorter sides have 320 pixels
+# what torchvision's data sets raise on archives and folders that are missing, damaged or cannot be fetched
+BROKEN = (
+    OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError, tarfile.TarError,
+    zlib.error, lzma.LZMAError,
+)  # fmt: skip
+
+
+class Images(Dataset):
+    """The labelled images of one split. Items: image (PIL, or what `transform` makes of it), label.
+
+    root: where they are, for messages; classes: their names; names: "class/file" of each image, without repetition;
+    targets: the label of each; read: a picklable callable, number of an image → PIL image.
+    """
+
+    def __init__(self, root, classes, names, targets, read):
+        self.root, self.classes, self.names, self.targets = str(root), list(classes), names, targets
+        self.transform = None
+        self._read, self._numbers = read, range(len(names))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, position):
+        image = self.image(position)
+        return image if self.transform is None else self.transform(image), self.targets[position]
+
+    def image(self, position):
+        """The image as PIL reads it. Raises UserError that names a file which cannot be read."""
+        return self._read(self._numbers[position])
+
+    def part(self, positions):
+        """Those images alone, in that order, with all the classes."""
+        part = copy.copy(self)
+        part.names = [self.names[i] for i in positions]
+        part.targets = [self.targets[i] for i in positions]
+        part._numbers = [self._numbers[i] for i in positions]
+        return part
+
+    def seen(self, transform):
+        """The same images through that transform."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
+
+    def file(self, position):
+        """The path of an image's file, None where images do not lie in files of their own."""
+        path = getattr(self._read, "path", None)
+        return path(self._numbers[position]) if path else None
+
+
+class _Files:
+    """Reads the images of a folder by their names in it."""
+
+    def __init__(self, folder, names):
+        self.folder, self.names = folder, names
+
+    def path(self, number):
+        return os.path.join(self.folder, self.names[number])
+
+    def __call__(self, number):
+        return read_image(self.path(number))
+
+
+class _Arrays:
+    """Reads the images of one of torchvision's data sets that are in memory."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __call__(self, number):
+        return self.dataset[number][0].convert("RGB")
+
+
+class _Cached:
+    """Reads images from one tensor that holds their pixels: worker processes share it without a copy."""
+
+    def __init__(self, pixels, starts, sizes):
+        self.pixels, self.starts, self.sizes = pixels, starts, sizes
+
+    def __call__(self, number):
+        width, height = self.sizes[number].tolist()
+        start = self.starts[number]
+        return Image.fromarray(self.pixels[start : start + 3 * width * height].view(height, width, 3).numpy())
+
+
+# ------------------------------------------------------------------------------------------------------ opening them
+
+
+def fetch(args, process):
+    """Download the data set that --dataset names, where --download asks for it; one process of each node does.
+
+    Raises UserError if that fails. Every process must call this.
+    """
+    if not args.download:
+        return
+    if process.local_rank == 0:
+        for split in ("pretrain", "train", "val"):
+            try:
+                _torchvision(args, split, download=True)
+            except BROKEN as error:
+                raise UserError(f"--dataset {args.dataset} --download: {_why(error)}") from error
+    distributed.total(torch.zeros(1, device=process.device))  # the others wait
+
+
+def load(args, split):
+    """The images of a split, "train", "val" or "pretrain", as far as --limit-images lets them → Images.
+
+    "pretrain" is "train" but for STL-10, whose unlabelled images it is.
+    Raises UserError where the data set is missing or damaged.
+    """
+    if args.dataset == "imagefolder":
+        images = image_folder(args.data, "train" if split == "pretrain" else split)
+    else:
+        images = _named(args, split)
+    return limited(images, args.limit_images, args.split_seed) if args.limit_images else images
+
+
+def image_folder(root, split):
+    """The images under root/split/CLASS/ → Images. Raises UserError where a folder or the images are missing."""
+    root = os.fspath(root)
+    folder = os.path.join(root, split)
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder; it should hold {split}/CLASS/IMAGE")
+    if not os.path.isdir(folder):
+        raise UserError(f"{root}: has no folder {split!r} in it; it should hold {split}/CLASS/IMAGE")
+    try:
+        found = ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: {str(error).splitlines()[0]}; it should hold CLASS/IMAGE") from error
+    start = len(folder.rstrip(os.sep)) + 1
+    names = [path[start:].replace(os.sep, "/") for path, _ in found.samples]
+    return Images(folder, found.classes, names, found.targets, _Files(folder, names))
+
+
+def same_classes(train, val, root):
+    """Raise UserError that lists the classes which only one of two `Images` under `root` has."""
+    one_sided = [(name, "train") for name in train.classes if name not in val.classes]
+    one_sided += [(name, "val") for name in val.classes if name not in train.classes]
+    if one_sided:
+        named = ", ".join(f"{name} (in {split} only)" for name, split in sorted(one_sided)[:5])
+        more = f" and {len(one_sided) - 5} more" if len(one_sided) > 5 else ""
+        raise UserError(f"{root}: train and val hold different classes: {named}{more}")
+
+
+def _torchvision(args, split, download):
+    """One of torchvision's data sets; whether it is there whole is torchvision's to say."""
+    sets, root = torchvision.datasets, args.data
+    if args.dataset in ("cifar10", "cifar100"):
+        make = sets.CIFAR10 if args.dataset == "cifar10" else sets.CIFAR100
+        return make(root, train=split != "val", download=download)
+    if args.dataset == "stl10":
+        return sets.STL10(root, {"pretrain": "unlabeled", "train": "train", "val": "test"}[split], download=download)
+    if args.dataset == "imagenette":
+        # some versions refuse to download what is there
+        download = download and not os.path.isdir(os.path.join(root, IMAGENETTE))
+        return sets.Imagenette(root, "val" if split == "val" else "train", "320px", download=download)
+    if not download and not os.path.isdir(os.path.join(root, "caltech256")):
+        raise RuntimeError("not found")  # torchvision's class would make the folder
+    return sets.Caltech256(root, download=download)
+
+
+def _named(args, split):
+    """A split of one of torchvision's data sets → Images."""
+    name, root = args.dataset, args.data
+    try:
+        found = _torchvision(args, split, download=False)
+    except BROKEN as error:
+        raise UserError(
+            f"--dataset {name}: {root} does not hold it, or not whole ({_why(error)}); --download fetches it"
+        ) from error
+    if name == "imagenette":
+        images = image_folder(os.path.join(root, IMAGENETTE), "val" if split == "val" else "train")
+        _count(args, images, 3925 if split == "val" else 9469)
+        return images
+    if name == "caltech256":
+        folder = os.path.join(found.root, "256_ObjectCategories")
+        names = [f"{found.categories[y]}/{y + 1:03}_{i:04}.jpg" for y, i in zip(found.y, found.index)]
+        images = Images(folder, found.categories, names, list(found.y), _Files(folder, names))
+        _count(args, images, 30607)
+        return _held_out(images, split, args.split_seed)
+    if split == "pretrain" and name == "stl10":
+        classes, targets = ["unlabeled"], [0] * len(found)
+    else:
+        classes = found.classes
+        targets = [int(label) for label in (found.labels if name == "stl10" else found.targets)]
+    names = [f"{classes[label]}/{i:06}" for i, label in enumerate(targets)]
+    return Images(root, classes, names, targets, _Arrays(found))
+
+
+def _why(error):
+    """The first line of torchvision's error, without its advice on its own arguments."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].partition(" You can use download=True")[0].rstrip(".")
+
+
+def _count(args, images, wanted):
+    """Warn of a folder that lacks images: what a download that was cut short leaves."""
+    if len(images) < wanted:
+        distributed.warn(f"--dataset {args.dataset}: {images.root} holds {len(images)} of {wanted} images")
+
+
+# ------------------------------------------------------------------------------------------------------ parts of them
+
+
+def by_class(images, purpose):
+    """The positions of each class's images, [[...], ...], in an order that `purpose` and the names alone determine."""
+    of_class = collections.defaultdict(list)
+    for position, label in enumerate(images.targets):
+        of_class[label].append(position)
+
+    def key(position):
+        return hashlib.sha256(os.fsencode(f"{purpose}/{images.names[position]}")).digest()
+
+    return [sorted(of_class[label], key=key) for label in sorted(of_class)]
+
+
+def _held_out(images, split, seed):
+    """The fifth of every class that is "val", or the rest of it."""
+    chosen = []
+    for positions in by_class(images, f"{seed}/val"):
+        fifth = round(len(positions) / 5)
+        chosen += positions[:fifth] if split == "val" else positions[fifth:]
+    return images.part(sorted(chosen))
+
+
+def limited(images, count, seed):
+    """The first `count` images of a class-balanced order that is drawn from `seed`: one of each class in turn.
+
+    A smaller count gives a part of what a larger one gives. Of fewer images, all.
+    """
+    orders = by_class(images, f"{seed}/limit")
+    turns = sorted((turn, label) for label, positions in enumerate(orders) for turn in range(len(positions)))
+    return images.part(sorted(orders[label][turn] for turn, label in turns[:count]))
+
+
+# ------------------------------------------------------------------------------------------------------ in memory
+
+
+def cache(splits, local_size):
+    """Keep the decoded pixels of these `Images` in memory, one copy for each of a node's processes.
+
+    Says how much that is. Raises UserError, before it reads them, if more than nine tenths of the free memory.
+    """
+    splits = [images for images in splits if isinstance(images._read, _Files)]
+    if not splits:
+        distributed.say(f"{'cached images':18} all, as this data set always is")
+        return
+    with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:  # PIL decodes without Python's lock
+        sizes = [np.array(list(pool.map(_size, map(images.file, range(len(images)))))) for images in splits]
+        needed, free = sum(3 * int(size.prod(axis=1).sum()) for size in sizes), free_memory()
+        each = f", {local_size} times on this node" if local_size > 1 else ""
+        if needed * local_size > 0.9 * free:
+            raise UserError(f"--cache-images: they take {_gigabytes(needed)}{each}, and {_gigabytes(free)} are free")
+        count = sum(map(len, splits))
+        distributed.say(
+            f"{'cached images':18} {count}, {_gigabytes(needed)}{each}, of {_gigabytes(free)} that are free"
+        )
+        for images, size in zip(splits, sizes):
+            ends = np.cumsum(3 * size.prod(axis=1))
+            starts = ends - 3 * size.prod(axis=1)
+            pixels = torch.empty(int(ends[-1]), dtype=torch.uint8)
+
+            def decode(position, images=images, pixels=pixels, starts=starts, ends=ends):
+                found = np.asarray(images.image(position))
+                pixels[starts[position] : ends[position]] = torch.from_numpy(found.reshape(-1).copy())
+
+            list(pool.map(decode, range(len(images))))
+            images._read, images._numbers = _Cached(pixels, starts, size), range(len(images))
+
+
+def _size(path):
+    """(width, height) of the image in a file, from its header. Raises UserError that names a file without one."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return read_image(path).size  # raises what reading it would
+
+
+def free_memory():
+    """Bytes of memory that are free for this process: the machine's, or its control group's if they are fewer."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        with open("/proc/meminfo") as file:
+            found += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
+        with open("/proc/self/cgroup") as file:
+            group = "/sys/fs/cgroup" + file.read().split("::")[-1].strip()
+        with open(f"{group}/memory.max") as limit, open(f"{group}/memory.stat") as used:
+            found.append(int(limit.read()) - int(used.read().split()[1]))  # "anon": what is not the cache of files
+    except (OSError, ValueError):  # not Linux, no control groups, or "max": no limit
+        pass
+    return min(found)
+
+
+def _gigabytes(count):
+    return f"{count / 1e9:.2f} GB"
