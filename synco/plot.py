@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from synco import checkpoint, distributed, export, knn, loader, metrics, options
+from synco import checkpoint, datasets, distributed, export, knn, loader, metrics, options
 from synco.builder import try_images
 from synco.options import UserError, number
 from synco.trial import read_json, write_csv
@@ -111,10 +111,9 @@ def parse():
     )
     flag("--embedding", nargs=2, metavar=("CHECKPOINT", "DATA"), help="map of val's features in place of RUNs")
     flag("--method", choices=("pca", "tsne"), help="of --embedding: pca, unless tsne, which needs scikit-learn")
-    flag("-a", "--arch", type=options.architecture, help="of --embedding, where the checkpoint does not name it")
-    flag("--img-size", type=number(int, 8), help="of --embedding (unset: the checkpoint's)")
     flag("-b", "--batch-size", default=256, type=number(int, 1), help="of --embedding")
-    flag("-j", "--workers", default=32, type=number(int, 0), help="of --embedding, capped at the CPUs")
+    options.add_data(parser.add_argument_group("of --embedding"), positional=False)
+    parser.set_defaults(arch=None)
     args = parser.parse_args()
     if bool(args.runs) == bool(args.embedding):
         raise UserError("give RUNs, one or several, or --embedding CHECKPOINT DATA (--help lists the flags)")
@@ -124,6 +123,7 @@ def parse():
         raise UserError(f"--method {args.method} goes with --embedding")
     if args.label and len(args.label) != len(args.runs):
         raise UserError(f"--label is given {len(args.label)} times for {len(args.runs)} runs; give it once for each")
+    options.check_data(args)
     check_output(args)
     return args
 
@@ -433,19 +433,22 @@ def write_picture(figure, path):
 
 
 def draw_map(args):
-    """Two coordinates of each val image's backbone features, coloured by class, as a picture or a table."""
-    path, data = args.embedding
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = loader.image_folder(data, "val")
+    """Two coordinates of each val image's backbone features, as a picture coloured by class or as a table."""
+    path, args.data = args.embedding
+    process = distributed.Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    datasets.fetch(args, process)
+    images = datasets.load(args, "val")
     if len(images) < 3:
-        raise UserError(f"{data}: val has {len(images)} images, and a map needs 3")
-    network, head, saved = export.load(path, args.arch)
-    size = args.img_size or saved["config"].get("img_size", 224)
-    try_images(network.to(device), saved["arch"], size)
-    images.transform = loader.center_view(size)
-    process = distributed.Process(device=device)
-    batches = loader.eval_loader(images, args.batch_size, process=process, workers=loader.workers_each(args.workers, 1))
-    features, labels = knn.extract(network, head, batches, device)
+        raise UserError(f"{args.data}: val has {len(images)} images, and a map needs 3")
+    network, head, saved = export.load(path, args.arch, args.stem)
+    options.settle(args, path, saved["config"])
+    try_images(network.to(process.device), saved["arch"], args.img_size)
+    if args.cache_images:
+        datasets.cache([images], process.local_size)
+    view = images.seen(loader.center_view(args.img_size, args.stats))
+    workers = loader.workers_each(args.workers, process.local_size)
+    batches = loader.eval_loader(view, args.batch_size, process=process, workers=workers)
+    features, _, labels = knn.extract(network, head, batches, process.device)
     if args.method == "tsne":
         places, axes = tsne(features), ("t-SNE, first coordinate", "t-SNE, second coordinate")
     else:
@@ -456,7 +459,8 @@ def draw_map(args):
         rows = [[images.classes[label], *place] for place, label in zip(places, labels)]
         write_table(["class", "x", "y"], rows, args)
     else:
-        title = f"{saved['arch']}, val of {os.path.basename(os.path.abspath(data))}: {len(places)} images"
+        name = os.path.basename(os.path.abspath(args.data)) if args.dataset == "imagefolder" else args.dataset
+        title = f"{saved['arch']}, val of {name}: {len(places)} images"
         write_picture(scatter(places, labels, images.classes, axes, title), args.output)
 
 

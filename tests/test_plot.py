@@ -10,7 +10,7 @@ import torch
 import torchvision
 from conftest import ARCH, SMALL
 
-from synco import loader, metrics, plot
+from synco import datasets, loader, metrics, plot
 
 
 def write_run(folder, *, steps=10, epochs=3, every=4, seed=0, classifier=False, base=5.0, length=None):
@@ -351,8 +351,7 @@ def test_a_map_of_val(tool, pretrained, data, tmp_path):
     status, out, err = tool(plot, *words, "--csv")
     assert (status, err) == (0, "")
     rows = read_table(out)
-    images = loader.image_folder(data, "val")
-    images.transform = loader.center_view(32)
+    images = datasets.image_folder(data, "val").seen(loader.center_view(32))
     assert [row["class"] for row in rows] == [images.classes[label] for label in images.targets]
     net = torchvision.models.get_model(ARCH)
     net.fc = torch.nn.Identity()
