@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from test_scripts import COUNTS, program
 
 FOLDER = ROOT / "scripts" / "slurm"
@@ -257,3 +257,27 @@ def test_scancel_requeues_nothing(repository):
     job.communicate(timeout=60)
     time.sleep(0.2)
     assert (job.returncode, requeued(repository)) == (-signal.SIGTERM, "")
+
+
+def test_a_real_run_is_stopped_and_goes_on(repository, data):
+    """torchrun and the program are the real ones: two processes are told in an epoch, and go on in a second start."""
+    torchrun = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
+    program(repository / "bin", "torchrun", torchrun)
+    env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NPROC": "2"}
+    job = start(repository, "pretrain_1node.sbatch", data, "run", *SMALL, "--epochs", 2000, "--keep", 2, **env)
+    for _ in range(1200):
+        if list(repository.glob("run/checkpoint_0*.pth.tar")) or job.poll() is not None:
+            break
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1 and requeued(repository) == "requeue 1234567\n", err
+    (repository / "scontrol.txt").unlink()
+
+    last = int(max(repository.glob("run/checkpoint_0*.pth.tar")).name[11:15])
+    more = ["--epochs", last + 4]
+    job = start(repository, "pretrain_1node.sbatch", data, "run", *SMALL, *more, SLURM_RESTART_COUNT="1", **env)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0 and "resumed" in out, err
+    assert (repository / "run" / f"checkpoint_{last + 3:04}.pth.tar").exists() and not requeued(repository)
+    assert not (repository / "run" / "preempted.json").exists()
