@@ -209,6 +209,16 @@ def test_before_the_time_limit_the_run_is_told_and_the_job_requeued(repository, 
     assert requeued(repository) == ("requeue 1234567\n" if again else "")
 
 
+def test_a_run_that_does_not_listen_yet_is_requeued_too(repository):
+    """While Python starts, the signal ends it, and nothing is left that tells why."""
+    program(repository / "bin", "python", f"echo $$ >pid.txt; {WAIT}")
+    job = start(repository, "pretrain_1gpu.sbatch", "imagenet", "run")
+    wait_for(repository / "pid.txt", "\n")
+    job.send_signal(signal.SIGUSR1)
+    job.communicate(timeout=60)
+    assert (job.returncode, requeued(repository)) == (128 + signal.SIGUSR1, "requeue 1234567\n")
+
+
 @pytest.mark.parametrize("name", ["pretrain_1node", "pretrain_nodes"])
 @pytest.mark.parametrize("everyone", [False, True], ids=["the task", "every process"])
 def test_torchrun_gets_the_signal_that_it_knows(repository, name, everyone):
