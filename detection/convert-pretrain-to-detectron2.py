@@ -36,6 +36,8 @@ def run(args):
     network, head, saved = export.load(args.checkpoint, args.arch)
     if not isinstance(network, ResNet):
         raise UserError(f"{args.checkpoint}: is of a {saved['arch']}; detectron2's names are those of ResNets alone")
+    if saved["stem"] != "imagenet":
+        raise UserError(f"{args.checkpoint}: is of a ResNet with the stem {saved['stem']!r}, which detectron2 has not")
     if checkpoint.is_classifier(saved):
         raise UserError(
             f"{args.checkpoint}: is a classifier's checkpoint, not a pretraining's; "

@@ -220,7 +220,8 @@ def _why(error):
 def _count(args, images, wanted):
     """Warn of a folder that lacks images: what a download that was cut short leaves."""
     if len(images) < wanted:
-        distributed.warn(f"--dataset {args.dataset}: {images.root} holds {len(images)} of {wanted} images")
+        remedy = "to fetch it whole, remove it and give --download"
+        distributed.warn(f"--dataset {args.dataset}: {images.root} holds {len(images)} of {wanted} images; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------ parts of them

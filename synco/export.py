@@ -80,8 +80,8 @@ def load(path, arch=None, stem=None):
     """A checkpoint's backbone in its network → (the network, its head's name, the checkpoint as a dict).
 
     path: a pretraining's checkpoint, a classifier's, or torchvision weights; arch, stem: the network's name and stem,
-    wanted where the file does not say. The network's head has 1,000 outputs and is untrained; the dict has an `arch`
-    in any case.
+    wanted where the file does not say. The network's head has 1,000 outputs and is untrained; the dict has an `arch`,
+    a `stem` and its `stats` in any case.
     Raises UserError if the file is no such checkpoint, or of another network, or does not say of which.
     """
     saved = checkpoint.load(path)
@@ -101,7 +101,7 @@ def load(path, arch=None, stem=None):
     if not weights.keys() & network.state_dict().keys():
         raise UserError(f"{path}: has no backbone: neither a pretraining's encoder_q.* nor the names of a {arch}")
     checkpoint.load_backbone(network, head, weights, path)
-    return network, head, {**saved, "arch": arch}
+    return network, head, {**saved, "arch": arch, "stem": found.stem, "stats": found.stats}
 
 
 def architecture(saved, path, arch):
@@ -135,9 +135,13 @@ def head_weights(saved, path, head):
 
 
 def origin(saved, path):
-    """Where weights from `load` come from: {"checkpoint_sha256", "arch", "epoch"}, the epoch if the file has one."""
+    """Where weights from `load` come from: {"checkpoint_sha256", "arch", "epoch"}, the epoch if the file has one.
+
+    With "stem" and "stats" where they are not ImageNet's: whoever uses the weights must know.
+    """
     facts = {"checkpoint_sha256": checkpoint.sha256(path), "arch": saved["arch"]}
-    return facts | ({"epoch": saved["epoch"]} if isinstance(saved.get("epoch"), int) else {})
+    facts |= {"epoch": saved["epoch"]} if isinstance(saved.get("epoch"), int) else {}
+    return facts | {name: saved[name] for name in ("stem", "stats") if saved[name] != "imagenet"}
 
 
 def write(tensors, path, facts):

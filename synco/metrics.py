@@ -92,7 +92,8 @@ def ranked(logits):
 def hardness(logits, counts, *, K, T, n_hard):
     """How hard the negatives are, by kind.
 
-    logits (N, 1 + K + S): positive, queue, synthetic negatives, divided by T; counts: {type name: negatives a query}.
+    logits (N, 1 + K + S): positive, queue (-inf where a row is masked), synthetic negatives, divided by T;
+    counts: {type name: negatives a query}.
     Returns {name: (mean similarity to the query, share of the softmax mass)}, 0-dim tensors, for "positive", "queue",
     "hardest" (the n_hard hardest queue rows, or all if there are fewer), and each type with a count > 0.
     """
@@ -100,8 +101,8 @@ def hardness(logits, counts, *, K, T, n_hard):
     top, where = logits[:, 1 : 1 + K].topk(min(n_hard, K), dim=1)
     found = {
         "positive": (logits[:, 0].mean() * T, mass[:, 0].mean()),
-        "queue": (logits[:, 1 : 1 + K].mean() * T, mass[:, 1 : 1 + K].sum(dim=1).mean()),
-        "hardest": (top.mean() * T, mass.gather(1, 1 + where).sum(dim=1).mean()),
+        "queue": (_unmasked_mean(logits[:, 1 : 1 + K]) * T, mass[:, 1 : 1 + K].sum(dim=1).mean()),
+        "hardest": (_unmasked_mean(top) * T, mass.gather(1, 1 + where).sum(dim=1).mean()),
     }
     start = 1 + K
     for name, count in counts.items():
@@ -110,6 +111,11 @@ def hardness(logits, counts, *, K, T, n_hard):
             found[name] = (logits[:, part].mean() * T, mass[:, part].sum(dim=1).mean())
             start += count
     return found
+
+
+def _unmasked_mean(logits):
+    masked = logits == -torch.inf
+    return logits.masked_fill(masked, 0).sum() / (~masked).sum()
 
 
 class Log:

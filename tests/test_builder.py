@@ -229,6 +229,125 @@ def test_synthesis_begins_and_ends_at_its_epochs():
     assert columns == {0: 21, 1: 21, 1.9: 21, 2: 30, 3.99: 30, 4: 21, 9: 21, None: 30}
 
 
+def test_each_type_begins_at_its_own_epoch():
+    starts, counts = (0, 0.5, 1, 2, 2.5, 2), {"n1": 1, "n2": 2, "n3": 4, "n4": 8, "n5": 16, "n6": 32}
+    model = small(**counts, warmup_epochs=starts, stop_epoch=3)
+    for epoch in (0, 0.25, 0.5, 1, 1.99, 2, 2.5, 2.99, 3, None):
+        on = [n for n, start in zip(counts.values(), starts) if epoch is None or start <= epoch < 3]
+        assert model(torch.randn(3, 6), torch.randn(3, 6), epoch)[0].shape[1] == 21 + sum(on)
+    for wrong in ((1, 2), (0, 0, 0, -1, 0, 0)):
+        with pytest.raises(ValueError, match="warmup_epochs is .*must be six numbers >= 0"):
+            small(warmup_epochs=wrong)
+
+
+def test_masking_equals_a_plain_loop():
+    """In a queue that holds some images several times, and rows of no image."""
+    model = small(mask_same_image=True, K=12, n_hard=8, n1=0, n2=0, n3=40, n4=0, n5=0, n6=0).eval()
+    numbers = torch.tensor([5, 7, 5, -1, 3, 5, 9, 7, -1, 3, 5, 5])
+    model.queue_index.copy_(numbers)
+    queue, index = model.queue.clone(), torch.tensor([5, 3, 100])
+    im_q, im_k = torch.randn(3, 6), torch.randn(3, 6)
+    logits, _ = model(im_q, im_k, step=0, index=index)
+
+    q = F.normalize(model.encoder_q(im_q), dim=1).detach()
+    k = F.normalize(model.encoder_k(im_k), dim=1).detach()
+    for i in range(3):
+        assert logits[i, 0].item() == pytest.approx(float(q[i] @ k[i]) / 0.2, abs=1e-5)
+        others = [row for row in range(12) if numbers[row] != index[i]]
+        for row in range(12):
+            expected = float(q[i] @ queue[row]) / 0.2 if row in others else -np.inf
+            assert logits[i, 1 + row].item() == pytest.approx(expected, abs=1e-5)
+    assert model.queue_index[:3].tolist() == [5, 3, 100] and model.queue_index[3:].tolist() == numbers[3:].tolist()
+    assert "queue_index" not in model.state_dict()
+    F.cross_entropy(logits, torch.zeros(3, dtype=torch.long)).backward()
+    assert all(w.grad.isfinite().all() for w in model.encoder_q.parameters())
+    with pytest.raises(ValueError, match="index is None: mask_same_image needs the images' numbers"):
+        model(im_q, im_k)
+
+
+def test_a_query_mines_other_images_alone():
+    """The hardest rows by a loop, with fewer others than n_hard: those over again."""
+    model = small(mask_same_image=True, K=12, n_hard=8)
+    model.queue_index.copy_(torch.tensor([5, 7, 5, -1, 3, 5, 9, 7, -1, 3, 5, 5]))
+    index, similarity = torch.tensor([5, 3, 100]), torch.randn(3, 12)
+    masked = similarity.masked_fill(model.queue_index == index[:, None], -torch.inf)
+    found = model._others(hardest(masked, 8), index)
+    for i in range(3):
+        rows = [row for row in range(12) if model.queue_index[row] != index[i]]
+        rows.sort(key=lambda row: -similarity[i, row])
+        assert found[i].tolist() == [rows[place % len(rows)] for place in range(8)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_symmetric_loss_is_the_mean_of_two_with_the_queue_frozen(masked):
+    """Parameters, queue and its numbers afterwards: those of the two halves one after the other."""
+    settings = {"K": 16, "n1": 0, "n2": 0, "n3": 0, "n4": 0, "n5": 0, "n6": 0, "mask_same_image": masked}
+    both, one, other = small(symmetric=True, **settings), small(**settings), small(**settings)
+    im_1, im_2, index = torch.randn(5, 6), torch.randn(5, 6), torch.tensor([4, 8, 1, 0, 2])
+    if masked:
+        for model in (both, one, other):
+            model.queue_index[:3] = torch.tensor([8, 8, 2])
+    logits, labels = both(im_1, im_2, step=3, index=index)
+    assert logits.shape == (10, 17) and labels.tolist() == [0] * 10
+    loss = F.cross_entropy(logits, labels)
+    halves = [model(*images, step=3, index=index) for model, images in ((one, (im_1, im_2)), (other, (im_2, im_1)))]
+    expected = sum(F.cross_entropy(*half) for half in halves) / 2
+    torch.testing.assert_close(loss, expected)
+    loss.backward(), expected.backward()
+    for ours, *theirs in zip(*(model.encoder_q.parameters() for model in (both, one, other))):
+        torch.testing.assert_close(ours.grad, theirs[0].grad + theirs[1].grad)
+    torch.testing.assert_close(both.queue[:10], torch.cat([one.queue[:5], other.queue[:5]]))
+    assert both.queue_ptr.item() == 10
+    if masked:
+        assert both.queue_index[:10].tolist() == 2 * index.tolist()
+    for ours, theirs in zip(both.encoder_k.parameters(), one.encoder_k.parameters()):
+        torch.testing.assert_close(ours, theirs)  # moved once
+
+
+def test_symmetric_queries_have_negatives_of_their_own():
+    model = small(symmetric=True, K=20)
+    images = torch.randn(4, 6)
+    logits, _ = model(images, images)
+    assert logits.shape == (8, 1 + 20 + 9)
+    assert not torch.isclose(logits[:4, 21:27], logits[4:, 21:27]).any()  # the same queries, other coefficients
+    with pytest.raises(ValueError, match="keys of a step are 22 and the queue has 20 rows"):
+        model(torch.randn(11, 6), torch.randn(11, 6))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "timm:resnet18"])
+def test_the_small_stem(arch):
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = network_of(arch, 32, "cifar")(num_classes=10)
+    conv = network.conv1
+    assert (conv.kernel_size, conv.stride, conv.padding, conv.bias) == ((3, 3), (1, 1), (1, 1), None)
+    seen = []
+    network.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    network.eval()(torch.zeros(2, 3, 32, 32))
+    assert seen == [(2, 64, 32, 32)]  # neither the convolution nor a pool made it smaller
+    assert conv.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)  # He's, fan-out
+    plain = network_of(arch, 32)(num_classes=10).state_dict()
+    found = network.state_dict()
+    assert list(plain) == list(found)
+    assert [name for name in plain if plain[name].shape != found[name].shape] == ["conv1.weight"]
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "densenet121", "shufflenet_v2_x0_5", "vit_b_32"])
+def test_networks_without_such_a_stem(arch):
+    with pytest.raises(ValueError, match="has no ResNet's stem to replace"):
+        network_of(arch, 32, "cifar")(num_classes=10)
+
+
+@pytest.mark.parametrize("name, size", [("efficientnet_b0", 64), ("vit_tiny_patch16_224", 32)])
+def test_networks_of_timm(name, size):
+    pytest.importorskip("timm")
+    model = SynCo(network_of(f"timm:{name}", size), 12, 16, mlp=True, n_hard=4, n1=1, n2=1, n3=1, n4=1, n5=1, n6=1)
+    images = torch.randn(2, 3, size, size)
+    logits, _ = model.eval()(images, images)
+    assert logits.shape == (2, 1 + 16 + 6)
+
+
 def test_draws_depend_on_seed_and_step_alone():
     def logits(seed, step, before=0):
         model = small(seed=seed).eval()
@@ -319,6 +438,8 @@ def test_split_batch_norm_replaces_every_batch_norm():
     assert kinds == {SplitBatchNorm2d} and list(network.state_dict()) == names
     with pytest.raises(ValueError, match="has no BatchNorm2d"):
         split_batch_norm(nn.Sequential(nn.Linear(2, 2)), 2)
+    with pytest.raises(ValueError, match="has BatchNorm1d, which cannot be split"):  # and not the one without the other
+        split_batch_norm(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm1d(2)), 2)
 
 
 def images_only(num_classes):

@@ -143,6 +143,16 @@ def test_a_terminal_without_arrows(pretrained_of, tmp_path):
     assert (done.returncode, done.stderr) == (0, "") and "conv1.weight ? stem.conv1.weight" in done.stdout
 
 
+def test_the_small_stem_is_refused(pretrained_of, convert, tool, tmp_path):
+    """detectron2 would run it with a stride and a max-pool that the weights have never seen."""
+    saved = torch.load(pretrained_of("resnet18")[0], weights_only=True)
+    saved["state_dict"]["module.encoder_q.conv1.weight"] = torch.ones(64, 3, 3, 3)
+    torch.save(saved | {"config": {"stem": "cifar", "img_size": 32}}, tmp_path / "x.tar")
+    status, out, err = tool(convert, tmp_path / "x.tar", tmp_path / "out.pkl")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "is of a ResNet with the stem 'cifar'" in err
+    assert not (tmp_path / "out.pkl").exists()
+
+
 def test_other_sources(convert, tool, tmp_path):
     """torchvision's own weights; and the published command, from the folder of the program."""
     torch.manual_seed(0)

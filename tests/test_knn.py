@@ -76,6 +76,37 @@ def test_accuracy_is_that_of_a_plain_loop_whatever_the_number_of_processes():
     assert processes(3, _accuracy, 3) == [expected] * 3
 
 
+def _both(rank, world_size):
+    """Everything that `accuracy` finds, with a bank whose shares differ."""
+    parts = [loader.eval_loader(s, 4, process=Process(rank, world_size), workers=0) for s in sets()]
+    return knn.accuracy(network(0), "fc", *parts, torch.device("cpu"), classes=3, k=5, train=True)
+
+
+def test_projection_and_training_images_equal_a_plain_loop():
+    """Each training image is voted by the others; one that voted for itself would always win at k = 1."""
+    bank, queries = sets()
+    net, expected = network(0).eval(), {}
+    with torch.no_grad():
+        for suffix, encode in (("", net.body), ("_projection", net)):
+            rows, asked = (F.normalize(encode(s.tensors[0]), dim=1).double().numpy() for s in (bank, queries))
+            labels = bank.tensors[1].numpy()
+            hits = [by_loop(rows, labels, q, 5, 0.1, 3) == int(c) for q, c in zip(asked, queries.tensors[1])]
+            expected["top1" + suffix] = 100 * np.mean(hits)
+            others = [np.arange(41) != i for i in range(41)]
+            hits = [by_loop(rows[o], labels[o], rows[i], 5, 0.1, 3) == labels[i] for i, o in enumerate(others)]
+            expected["train_top1" + suffix] = 100 * np.mean(hits)
+    assert _both(0, 1) == pytest.approx(expected)
+    assert processes(3, _both, 3) == [pytest.approx(expected)] * 3
+
+
+def test_no_image_votes_for_itself():
+    bank = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]))
+    labels, own = torch.tensor([0, 1, 1, 0]), torch.arange(4)
+    assert knn.predict(bank, labels, bank, classes=2, k=1).tolist() == [0, 1, 1, 0]
+    assert knn.predict(bank, labels, bank, classes=2, k=1, own=own).tolist() == [1, 0, 0, 1]
+    assert knn.predict(bank, labels, bank, classes=2, k=9, own=own).shape == (4,)
+
+
 def _tiny(rank):
     bank = TensorDataset(torch.eye(6), torch.arange(6) % 3)
     queries = TensorDataset(torch.eye(6)[:2], torch.arange(2))

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -451,3 +452,29 @@ def test_torchrun_reports_once(data, pretrained, tmp_path):
     run = command("torchrun", "--nproc-per-node", 2, "main_lincls.py", *FLAGS, "--epochs", 1, "--pretrained",
                   pretrained, "--save-dir", tmp_path / "r", data)  # fmt: skip
     assert run.returncode == 0 and run.stdout.count("Done. Best top-1") == 1, run.stderr
+
+
+def test_stem_and_statistics_come_from_the_checkpoint(program, programs, tool, data, tmp_path):
+    """A ResNet with the small stem through pretraining, probe, fine-tuning, kNN, export and the converter."""
+    flags = "-a resnet18 --stem cifar --stats cifar10 --epochs 1 --moco-dim 8 -b 8 -j 0 --img-size 32 --moco-k 16"
+    off = "--n1 0 --n2 0 --n3 0 --n4 0 --n5 0 --n6 0"
+    status, _, err = program(*flags.split(), *off.split(), "--save-dir", tmp_path / "pre", data)
+    assert status == 0, err
+    path = tmp_path / "pre" / "checkpoint_0000.pth.tar"
+    common = ["-a", "resnet18", "-j", 0, "-b", 8, "--epochs", 1, "--pretrained", path]
+    for name, more in (("main_lincls", []), ("main_semisup", ["--train-percent", 100])):
+        status, out, err = programs(name, *common, *more, "--save-dir", tmp_path / name, data)
+        assert (status, err) == (0, ""), err
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["stem"], config["stats"], config["img_size"]) == ("cifar", "cifar10", 32)
+    status, _, err = programs("main_lincls", *common, "--stats", "imagenet", "--save-dir", tmp_path / "x", data)
+    assert status == 0 and err == f"main_lincls.py: warning: --stats imagenet: {path} is of a run with cifar10\n"
+    status, _, err = programs("main_lincls", *common, "--stem", "imagenet", "--save-dir", tmp_path / "y", data)
+    assert status == 2 and err.count("\n") == 1 and "conv1.weight" in err and "(64, 3, 3, 3)" in err
+
+    status, out, err = programs("synco.knn", path, data, "-j", 0)
+    assert status == 0 and "resnet18 at 32 pixels" in out, err
+    status, out, err = tool(importlib.import_module("synco.export"), path, tmp_path / "x.pth")
+    assert status == 0 and "stem               cifar\nstats              cifar10\n" in out, err
+    probe = tmp_path / "main_lincls" / "checkpoint_lincls.pth.tar"
+    assert tool(importlib.import_module("synco.export"), probe, tmp_path / "y.pth")[0] == 0

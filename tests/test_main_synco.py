@@ -246,6 +246,127 @@ def test_a_network_with_dropout_resumes_exactly(data, tmp_path, program):
     assert equal(final(tmp_path / "a"), final(tmp_path / "b"))
 
 
+@pytest.fixture
+def seen_columns(monkeypatch):
+    """[(position in epochs, columns of the logits)] of each step that prints."""
+    seen, report = [], main_synco.report
+
+    def watch(log, numbers, logits, counts, epoch, i, steps, *rest):
+        seen.append((epoch + i / steps, logits.shape[1]))
+        report(log, numbers, logits, counts, epoch, i, steps, *rest)
+
+    monkeypatch.setattr(main_synco, "report", watch)
+    return seen
+
+
+def test_each_type_starts_at_its_own_epoch_or_step(data, tmp_path, program, seen_columns):
+    flags = [*SMALL, "-p", 1, "--epochs", 3, "--warmup-epochs", "0,0.5,1,4s,2,2.4", "--save-dir", tmp_path / "r", data]
+    status, out, err = program(*flags)
+    assert status == 0, err
+    told = "0 (interpolated), 0.5 (extrapolated), 1 (mixed), 4s (noisy), 2 (perturbed), 2.4 (adversarial)"
+    assert f"from epoch {told} on" in out
+    starts, counts = (0, 0.5, 1, 4 / 3, 2, 2.4), (4, 3, 2, 2, 2, 1)
+    assert len(seen_columns) == 9  # three epochs of three steps
+    for at, columns in seen_columns:
+        assert columns == 1 + 64 + sum(count for count, start in zip(counts, starts) if at >= start)
+
+
+def test_a_length_in_steps(undisturbed, data, tmp_path, program):
+    """Seven steps of three an epoch: two epochs and a step, each with a learning rate of its own."""
+    flags = [*SMALL, "-p", 1, "--knn-freq", 1, "--save-dir", tmp_path / "r", data]
+    flags[flags.index("--epochs") : flags.index("--epochs") + 2] = ["--steps", 7]
+    status, out, err = program(*flags)
+    assert status == 0, err
+    lines = [line for line in metrics.read_log(tmp_path / "r" / "log.jsonl") if line["kind"] == "train"]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (1, 6), (2, 7)]
+    assert [line["lr"] for line in lines] == pytest.approx([0.015 * (1 + np.cos(np.pi * i / 7)) for i in range(7)])
+    saved = final(tmp_path / "r", 2)
+    assert (saved["epoch"], saved["step"], saved["state_dict"]["module.queue_ptr"].tolist()) == (3, 7, [7 * 8 % 64])
+    assert "Epoch 2 [1/3]" in out and out.count("ETA 0:00:00") >= 1 and "kNN after 3 epochs" in out
+
+    shutil.copytree(tmp_path / "r", tmp_path / "again")
+    os.remove(tmp_path / "again" / "checkpoint_0002.pth.tar")
+    flags[flags.index(tmp_path / "r")] = tmp_path / "again"
+    assert program(*flags, "--resume", "auto")[0] == 0
+    assert equal(saved, final(tmp_path / "again", 2))
+    status, _, err = program(*flags, "--resume", "auto", "--epochs", 9)
+    assert status == 2 and "--steps" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mask-same-image --warmup-epochs 0 --knn-freq 1 --knn-train --save-best",
+        "--optimizer adamw --lr 1e-3 --wd 0.1 --clip-grad 0.5 --lr-warmup-epochs 1 --lr-warmup 1e-6 --lr-min 1e-5",
+        "--symmetric --aug-heavy -a resnet18 --stem cifar --stats cifar10 --crop-scale 0.08,1",
+    ],
+)
+def test_extras_resume_exactly(data, tmp_path, program, flags):
+    words = [word for word in SMALL if word != "--aug-plus"] + flags.split()
+    status, out, err = program(*words, "--save-dir", tmp_path / "a", data)
+    assert status == 0, err
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.remove(tmp_path / "b" / "checkpoint_0001.pth.tar")
+    assert program(*words, "--resume", "auto", "--save-dir", tmp_path / "b", data)[0] == 0
+    a, b = final(tmp_path / "a"), final(tmp_path / "b")
+    assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        assert x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+    log = metrics.read_log(tmp_path / "a" / "log.jsonl")
+    if "mask" in flags:
+        assert torch.equal(a["queue_index"], b["queue_index"])
+        assert sorted(a["queue_index"].tolist()) == sorted(2 * list(range(24)) + [-1] * 16)  # 48 keys in 64 rows
+        found = {line["epoch"]: line for line in log if line["kind"] == "knn"}
+        keys = {"top1", "top1_projection", "train_top1", "train_top1_projection"}
+        assert all(keys <= line.keys() for line in found.values()) and list(found) == [0, 1, 2]
+        best = checkpoint.load(tmp_path / "a" / main_synco.BEST)
+        assert found[best["epoch"]]["top1"] == max(found[1]["top1"], found[2]["top1"])
+        del a["queue_index"]
+        torch.save(a, tmp_path / "x.pth.tar")
+        run = program(*words, "--resume", tmp_path / "x.pth.tar", "--save-dir", tmp_path / "c", data)
+        refused(run, "x.pth.tar: --mask-same-image: it does not say of which images its 64 rows are", tmp_path / "c")
+    if "adamw" in flags:
+        decays = [group["weight_decay"] for group in a["optimizer"]["param_groups"]]
+        encoder = {name: w for name, w in a["state_dict"].items() if name.startswith("module.encoder_q.")}
+        wide = [name for name, w in encoder.items() if w.ndim > 1]
+        assert decays == [0.1, 0.0] and len(a["optimizer"]["param_groups"][0]["params"]) == len(wide)
+        rates = [line["lr"] for line in log if line["kind"] == "train"]  # of steps 0, 2, 3 and 5
+        assert rates == pytest.approx([1e-6, 1e-6 + 2 / 3 * (1e-3 - 1e-6), 1e-3, 1e-3])
+        assert all(line["grad_norm"] > 0 for line in log if line["kind"] == "train")
+    if "stem" in flags:
+        assert a["state_dict"]["module.encoder_q.conv1.weight"].shape == (64, 3, 3, 3)
+        assert a["state_dict"]["module.queue_ptr"].tolist() == [2 * 48 % 64] and a["config"]["stem"] == "cifar"
+
+
+def test_clipping_bounds_the_gradient(data, tmp_path, program, monkeypatch):
+    """The norm of what reaches the optimiser, computed anew."""
+    norms, step = [], torch.optim.SGD.step
+
+    def watch(self, *args, **kwargs):
+        gradients = [w.grad.double() for group in self.param_groups for w in group["params"] if w.grad is not None]
+        norms.append(float(sum(g.square().sum() for g in gradients)) ** 0.5)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watch)
+    for limit in (1e-3, 1e6):
+        status, _, err = program(*SMALL, "--clip-grad", limit, "-p", 1, "--save-dir", tmp_path / str(limit), data)
+        assert status == 0, err
+    log = metrics.read_log(tmp_path / "1000000.0" / "log.jsonl")
+    told = [line["grad_norm"] for line in log if line["kind"] == "train"]
+    assert norms[:6] == pytest.approx([1e-3] * 6, rel=1e-2) and norms[6:] == pytest.approx(told, rel=1e-4)
+
+
+def test_images_limited_and_cached(data, tmp_path, program):
+    flags = [*SMALL, "--limit-images", 17, "--cache-images", "--knn-freq", 2, "--save-dir", tmp_path / "r", data]
+    status, out, err = program(*flags)
+    assert status == 0, err
+    assert "steps per epoch    2" in out and re.search(r"cached images +24, 0.00 GB, of .* GB that are free", out)
+    same = program(*[flag for flag in flags if flag != "--cache-images"], "--overwrite")
+    assert same[0] == 0 and [x for x in same[1].splitlines() if x.startswith("kNN")] == [
+        x for x in out.splitlines() if x.startswith("kNN")
+    ]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, program):
     flags = [*SMALL, "--lr", 1e30, "-p", 1, "--save-dir", tmp_path / "r", data]
     status, _, err = program(*flags)
@@ -282,6 +403,21 @@ BAD = {
     "--start-epoch 2": "--start-epoch 2 must be below --epochs 2",
     "--overwrite --resume auto": "--overwrite starts anew and --resume auto goes on",
     "--resume nowhere.pth.tar": "nowhere.pth.tar: no such checkpoint file",
+    "--dataset cifar12": "argument --dataset: invalid choice: 'cifar12' (choose from",
+    "--dataset cifar10": "does not hold it, or not whole (Dataset not found or corrupted); --download fetches it",
+    "--download": "--download: name what to fetch with --dataset {cifar10,cifar100,stl10,imagenette,caltech256}",
+    "--stem cifar": f"-a {SMALL[1]} --img-size 32: ShuffleNetV2 has no ResNet's stem to replace",
+    "--warmup-epochs 0,1,2,-3,4,5": "argument --warmup-epochs: '-3' is not a number of epochs >= 0",
+    "--warmup-epochs 1,2": "argument --warmup-epochs: '1,2' are 2 numbers, where 1 or 6 are wanted",
+    "--crop-scale 0.5,0.2": "argument --crop-scale: '0.5,0.2' is not MIN,MAX with 0 < MIN <= MAX <= 1",
+    "--aug-heavy": "--aug-plus and --aug-heavy contradict each other",
+    "--symmetric -b 24 --moco-k 47": "--moco-k 47 is smaller than the 48 keys of a step",
+    "--steps 5": "argument --steps: not allowed with argument --epochs",
+    "--save-best": "--save-best goes with --knn-freq N",
+    "--knn-train": "--knn-train goes with --knn-freq N",
+    "--lr-min 1": "--lr-min 1 is larger than --lr 0.03",
+    "--clip-grad 0": "argument --clip-grad: '0' is not a number > 0",
+    "--limit-images 7": "--batch-size 8: a step takes 8 images, ",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -59,6 +60,17 @@ def test_hardness():
         np.testing.assert_allclose(found[name][1].item(), share.sum(axis=1).mean(), atol=1e-6)
     total = sum(found[name][1].item() for name in ("positive", "queue", "interpolated", "mixed"))
     np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_masked_rows_have_no_say_in_the_hardness():
+    logits = random_logits()
+    logits[0, 3] = logits[1, 1:18] = -torch.inf
+    found = metrics.hardness(logits, {"mixed": 7}, K=20, T=0.2, n_hard=5)
+    rows = logits[:, 1:21].double().numpy()
+    hardest = -np.sort(-rows, axis=1)[:, :5]
+    for name, values in (("queue", rows), ("hardest", hardest)):
+        assert found[name][0].item() == pytest.approx(values[np.isfinite(values)].mean() * 0.2, abs=1e-5)
+    assert all(np.isfinite(value.item()) for pair in found.values() for value in pair)
 
 
 def test_log_writes_the_same_numbers_twice(tmp_path):

@@ -83,3 +83,69 @@ def test_the_parser_knows_no_abbreviations():
     parser.add_argument("--batch-size")
     with pytest.raises(UserError, match="unrecognized arguments: --batch 3"):
         parser.parse_args(["--batch", "3"])
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("10", 10), ("2.0", 2), ("0.5", 0.5), ("2500s", "2500s"), ("0,0.5,1,2,2,2", [0, 0.5, 1, 2, 2, 2])],
+)
+def test_lengths_in_epochs_and_steps(text, value):
+    assert options.lengths(6)(text) == value
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("-1", "'-1' is not a number of epochs >= 0, or of steps, such as 2500s"),
+        ("0,1,2,-3,4,5", "'-3' is not a number of epochs >= 0"),
+        ("1,2,3", "'1,2,3' are 3 numbers, where 1 or 6 are wanted"),
+        ("1.5s", "'1.5s' is not"),
+        ("", "'' is not"),
+        ("nan", "'nan' is not"),
+    ],
+)
+def test_wrong_lengths(text, message):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        options.lengths(6)(text)
+    assert message in str(error.value)
+
+
+def test_lengths_become_epochs():
+    assert options.in_epochs(2.5, 7) == 2.5 and options.in_epochs("14s", 7) == 2.0
+
+
+def test_a_pair_of_numbers():
+    assert options.pair(0, 1)("0.08,1") == [0.08, 1.0]
+    for text in ("0.5", "0,1", "0.5,0.2", "0.5,1.1", "a,b", "0.2,nan", "0.1,0.2,0.3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not MIN,MAX with 0 < MIN <= MAX <= 1"):
+            options.pair(0, 1)(text)
+
+
+def test_what_is_unset_is_the_checkpoints_or_the_data_sets():
+    def settled(dataset, config=None, **given):
+        args = argparse.Namespace(dataset=dataset, **{"stem": None, "img_size": None, "stats": None} | given)
+        options.settle(args, "x.tar", config)
+        return args.stem, args.img_size, args.stats
+
+    assert settled("imagefolder") == ("imagenet", 224, "imagenet") == settled("caltech256")
+    assert settled("cifar10") == ("imagenet", 32, "cifar10") and settled("stl10") == ("imagenet", 96, "stl10")
+    config = {"stem": "cifar", "img_size": 40, "stats": "cifar100", "lr": 3}
+    assert settled("cifar10", config) == ("cifar", 40, "cifar100")
+    assert settled("cifar10", config, img_size=64, stats="imagenet") == ("cifar", 64, "imagenet")
+    assert settled("cifar10", {"img_size": 48}) == ("imagenet", 48, "cifar10")  # an older checkpoint's
+    for name, value in (("stem", "x"), ("img_size", "32"), ("img_size", 10**9), ("stats", ["cifar10"])):
+        with pytest.raises(UserError, match=f"x.tar: its {name} is "):
+            settled("cifar10", {name: value})
+
+
+def test_networks_of_timm(monkeypatch):
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(argparse.ArgumentTypeError, match="'timm:resnet18' needs the package timm: pip install timm"):
+        architecture("timm:resnet18")
+    monkeypatch.undo()
+    pytest.importorskip("timm")
+    assert architecture("timm:efficientnet_b2") == "timm:efficientnet_b2"
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="'timm:resnet_18' is not a timm network; did you mean 'resnet18"
+    ):
+        architecture("timm:resnet_18")
