@@ -319,20 +319,32 @@ def write_table(header, rows, args):
         except OSError as error:
             raise UserError(f"-o {args.output}: cannot be written ({error.strerror})") from error
         print(f"written: {args.output}")
-    elif args.csv:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return
+    text = io.StringIO()
+    if args.csv:
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
     else:
-        words = [header, *([in_words(name, value) for name, value in zip(header, row)] for row in rows)]
-        widths = [max(len(row[i]) for row in words) for i in range(len(header))]
+        shown = [name for name in header if not name.endswith(("_min", "_max"))]
+        words = [shown, *([in_words(name, dict(zip(header, row))) for name in shown] for row in rows)]
+        widths = [max(len(row[i]) for row in words) for i in range(len(shown))]
         for row in words:
-            print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip())
+            print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip(), file=text)
+    try:
+        print(text.getvalue(), end="", flush=True)
+    except BrokenPipeError:  # who reads it, such as `head`, has had enough; what is left is not to raise it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def in_words(column, value):
-    """A number with as many digits as a reader wants: 4 of losses, 2 of percents."""
-    if isinstance(value, float) and column != "epoch":
-        return f"{value:.{4 if 'loss' in column else 2}f}"
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+def in_words(name, row):
+    """A column of a row, with as many digits as a reader wants: 4 of losses, 2 of percents; beside a mean its range."""
+
+    def short(value):
+        return f"{value:.{4 if 'loss' in name else 2}f}" if isinstance(value, float) and name != "epoch" else f"{value}"
+
+    value, low, high = (row.get(name + kind) for kind in ("", "_min", "_max"))
+    if value is None:
+        return ""
+    return short(value) + (f" [{short(low)}, {short(high)}]" if low != high else "")
 
 
 # ---------------------------------------------------------------------------------------------------- pictures

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ARCH, SMALL
+from conftest import ARCH, SMALL, command
 
 from synco import datasets, loader, metrics, plot
 
@@ -118,6 +118,14 @@ def test_a_real_run(program, tool, data, tmp_path):
                 np.testing.assert_allclose(column(rows, title, "run")[epoch], np.mean(values), rtol=1e-6)
 
 
+def test_a_reader_that_has_had_enough(tmp_path):
+    """`... | head -1` of a table that is longer than a pipe holds."""
+    write_run(tmp_path / "run", steps=2, epochs=2000, every=1)
+    line = f"set -o pipefail; {sys.executable} -m synco.plot --csv {tmp_path}/run | head -1"
+    done = command("bash", "-c", line)
+    assert (done.returncode, done.stdout[:4], done.stdout.count("\n"), done.stderr) == (0, "run,", 1, "")
+
+
 # ------------------------------------------------------------------------------------------------ labels, means
 
 
@@ -159,6 +167,10 @@ def test_means_over_seeds(tool, tmp_path):
             np.testing.assert_allclose(column(rows, name, "synco")[epoch], value, rtol=1e-12)
     assert column(rows, "knn_top1_max", "synco") == {0: 14, 1: 34, 2: 35, 3: 36}
     assert column(rows, "knn_top1_min", "synco") == {0: 10, 1: 30, 2: 31, 3: 32}
+    lines = tool(plot, "--mean", *sorted(tmp_path.iterdir()))[1].splitlines()
+    assert lines[0].split()[:3] == ["run", "runs", "epoch"] and "knn_top1_min" not in lines[0]
+    assert lines[1].split() == ["moco_200", "1", "0", "11.00"]
+    assert lines[-1].startswith("synco") and "33.67 [32.00, 36.00]" in lines[-1]
 
 
 @pytest.mark.parametrize("label", ["synco-3", "synco_seed3", "synco/s3", "synco.seed=03", "synco 3"])
