@@ -23,7 +23,12 @@ while [[ $# -gt 0 && $1 != -- ]]; do
 done
 shift $(($# > 0)) # the --
 
-python "$root/main_synco.py" --dataset imagenette --download -a resnext50_32x4d \
+dataset=(--dataset imagenette --download)
+case " ${flags[*]-} " in
+    *" --dataset "* | *" --dataset="*) dataset=() ;; # --download goes with a data set of its own alone
+esac
+
+python "$root/main_synco.py" ${dataset[@]+"${dataset[@]}"} -a resnext50_32x4d \
     --epochs 600 --lr 0.03 --batch-size 32 --wd 1e-4 --cos --mlp --moco-k 16384 --moco-t 0.2 --aug-plus \
     --n1 0 --n2 0 --n3 0 --n4 0 --n5 0 --n6 0 \
     --knn-freq 1 --knn-train --save-best --keep 1 --resume auto --save-dir "$save_dir" "$data" ${flags[@]+"${flags[@]}"}

@@ -244,6 +244,9 @@ def test_imagenette_with_other_flags(commands):
     assert (args.epochs, args.save_dir, args.data) == (2, "my run", "data")
     assert (probe.epochs, probe.save_dir, probe.data) == (3, "my run/lincls", "data")
     assert probe.pretrained == "my run/checkpoint_0010.pth.tar"
+    folder = ["--dataset", "imagefolder"]
+    (_, args), (_, probe) = commands("imagenette_resnext50", "data", *folder, "--", *folder)
+    assert (args.dataset, args.download, probe.dataset) == ("imagefolder", False, "imagefolder")
     (_, args), (_, probe) = commands("imagenette_resnext50", "data", "--", "--epochs", 4)
     assert (args.epochs, args.save_dir, probe.epochs) == (600, "runs/imagenette_resnext50", 4)
 
@@ -269,6 +272,8 @@ def test_caltech256(commands):
     assert (args.resume, args.save_dir) == ("auto", "runs/mochi_caltech256")
     ((_, args),) = commands("mochi_caltech256", "data", "my run", "--steps", 20, "--lr", 1e-3)
     assert (args.steps, args.lr, args.save_dir) == (20, 1e-3, "my run")
+    ((_, args),) = commands("mochi_caltech256", "data", "--dataset", "imagefolder")
+    assert (args.dataset, args.download, args.img_size) == ("imagefolder", False, 224)
 
 
 @pytest.mark.parametrize("name", ONE_GPU)

@@ -269,25 +269,26 @@ def test_scancel_requeues_nothing(repository):
     assert (job.returncode, requeued(repository)) == (-signal.SIGTERM, "")
 
 
+def newest(repository):
+    """The number of the last epoch that a checkpoint in run/ is named after, -1 without any."""
+    return max((int(path.name[11:15]) for path in repository.glob("run/checkpoint_0*.pth.tar")), default=-1)
+
+
 def test_a_real_run_is_stopped_and_goes_on(repository, data):
-    """torchrun and the program are the real ones: two processes are told in an epoch, and go on in a second start."""
+    """torchrun and the program are the real ones: two processes are told, and a second start goes on from there."""
     torchrun = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
     program(repository / "bin", "torchrun", torchrun)
     env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NPROC": "2"}
-    job = start(repository, "pretrain_1node.sbatch", data, "run", *SMALL, "--epochs", 2000, "--keep", 2, **env)
-    for _ in range(1200):
-        if list(repository.glob("run/checkpoint_0*.pth.tar")) or job.poll() is not None:
-            break
-        time.sleep(0.1)
-    job.send_signal(signal.SIGUSR1)
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 1 and requeued(repository) == "requeue 1234567\n", err
-    (repository / "scontrol.txt").unlink()
-
-    last = int(max(repository.glob("run/checkpoint_0*.pth.tar")).name[11:15])
-    more = ["--epochs", last + 4]
-    job = start(repository, "pretrain_1node.sbatch", data, "run", *SMALL, *more, SLURM_RESTART_COUNT="1", **env)
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 0 and "resumed" in out, err
-    assert (repository / "run" / f"checkpoint_{last + 3:04}.pth.tar").exists() and not requeued(repository)
-    assert not (repository / "run" / "preempted.json").exists()
+    flags = [*SMALL, "--epochs", 2000, "--keep", 2]
+    for restarts in range(2):
+        before = newest(repository)
+        job = start(repository, "pretrain_1node.sbatch", data, "run", *flags, SLURM_RESTART_COUNT=str(restarts), **env)
+        for _ in range(1200):
+            if newest(repository) > before or job.poll() is not None:
+                break
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        out, err = job.communicate(timeout=120)
+        assert job.returncode == 1 and newest(repository) > before, err
+        assert requeued(repository) == "requeue 1234567\n" * (restarts + 1), err
+        assert ("resumed" in out) == bool(restarts)
