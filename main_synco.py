@@ -99,9 +99,15 @@ def parse():
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
     if args.aug_plus and args.aug_heavy:
         raise UserError("--aug-plus and --aug-heavy contradict each other")
+    if args.blur and not (args.aug_plus or args.aug_heavy):
+        raise UserError("--blur goes with --aug-plus or --aug-heavy: MoCo v1's augmentation has none")
     for name in ("knn_train", "save_best"):
         if getattr(args, name) and not args.knn_freq:
             raise UserError(f"--{name.replace('_', '-')} goes with --knn-freq N")
+    if args.lr_min and not args.cos:
+        raise UserError(f"--lr-min {args.lr_min:g} goes with --cos")
+    if args.lr_warmup and options.in_epochs(args.lr_warmup_epochs, 1) == 0:
+        raise UserError(f"--lr-warmup {args.lr_warmup:g} goes with --lr-warmup-epochs N")
     if args.lr_min > args.lr:
         raise UserError(f"--lr-min {args.lr_min:g} is larger than --lr {args.lr:g}")
     options.check_run(args)
@@ -123,6 +129,7 @@ def run(process, args):
     steps = len(batches)
     if args.steps:
         args.epochs = math.ceil(args.steps / steps)
+        options.check_start(args)
     total = args.steps or args.epochs * steps
     model = make_model(args, device, steps, total)
     optimizer = make_optimizer(args, model)
@@ -137,7 +144,7 @@ def run(process, args):
         describe(args, process, batch, steps, total, start_epoch, path, before)
     saved = None  # its memory
     log = metrics.Log(args.log_dir, steps_done=min(start_epoch * steps, total), active=process.rank == 0)
-    best = max((line["top1"] for line in log.kept if line["kind"] == "knn"), default=-1.0)
+    best = max((line["top1"] for line in log.kept if line["kind"] == "knn" and line["epoch"]), default=-1.0)
 
     learner = distributed.parallel(model, device)
 

@@ -225,12 +225,20 @@ def add_run(parser, *, epochs, batch_size, save_dir, steps=False):
 def check_run(args):
     """Raise UserError where the flags of `add_data` and `add_run` contradict each other."""
     check_data(args)
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--start-epoch {args.start_epoch} must be below --epochs {args.epochs}")
+    if not getattr(args, "steps", None):
+        check_start(args)
     if args.overwrite and args.resume == "auto":
         raise UserError(
             "--overwrite starts anew and --resume auto goes on; give one (--resume '' takes a script's back)"
         )
+
+
+def check_start(args):
+    """Raise UserError unless --start-epoch is one of the run's; with --steps, once args.epochs holds their number."""
+    if args.start_epoch >= args.epochs:
+        steps = getattr(args, "steps", None)
+        length = f"{args.epochs}, which --steps {steps} make" if steps else f"--epochs {args.epochs}"
+        raise UserError(f"--start-epoch {args.start_epoch} must be below {length}")
 
 
 def add_classifier(parser):

@@ -679,6 +679,35 @@ def test_detection_stops_at_a_failure(tmp_path):
     assert (done.returncode, done.stdout) == (2, "started\n")
 
 
+# -------------------------------------------------------------------------------------------------------------- demo
+
+
+def test_demo(tmp_path, monkeypatch):
+    """A pretraining, and the probe and the fine-tuning from it and from random weights, with flags that go together."""
+    for name in ("python", "torchrun"):
+        program(tmp_path / "bin", name, f"printf '%s\\n' {name} \"$@\" END")
+    done = bash(ROOT / "scripts" / "demo.sh", tmp_path / "my demo", cwd=tmp_path, first_on_path=tmp_path / "bin")
+    assert (done.returncode, done.stderr) == (0, "")
+    *commands, told = done.stdout.split("END\n")
+    patches, *runs, table = [command.splitlines() for command in commands]
+    assert patches == ["python", "scripts/make_demo_patches.py", f"{tmp_path}/my demo/patches"]
+    assert table == ["python", "-", f"{tmp_path}/my demo"]
+    found = []
+    for words in runs:
+        at = next(i for i, word in enumerate(words) if word.startswith("main_"))
+        module = importlib.import_module(words[at].removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", words[at:])
+        found.append((words[at], module.parse()))
+    assert runs[0][:4] == ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    assert [name for name, _ in found] == ["main_synco.py", *(2 * ["main_lincls.py", "main_semisup.py"])]
+    pretraining, *trials = [args for _, args in found]
+    assert {args.data for args in (pretraining, *trials)} == {f"{tmp_path}/my demo/patches"}
+    last = f"{pretraining.save_dir}/checkpoint_{pretraining.epochs - 1:04}.pth.tar"
+    assert [args.pretrained for args in trials] == [last, last, "random", "random"] and last in told
+    assert {(args.arch, args.img_size) for args in trials} == {(pretraining.arch, pretraining.img_size)}
+    assert len({args.save_dir for args in trials}) == 4
+
+
 # ------------------------------------------------------------------------------------------------- make_demo_patches
 
 
