@@ -112,9 +112,15 @@ def parse():
         raise UserError("--aug-plus and --aug-heavy contradict each other")
     if args.augment_on == "device" and args.aug_heavy:
         raise UserError("--augment-on device cannot do --aug-heavy's RandAugment; leave one of the two out")
+    if args.blur and not (args.aug_plus or args.aug_heavy):
+        raise UserError("--blur goes with --aug-plus or --aug-heavy: MoCo v1's augmentation has none")
     for name in ("knn_train", "save_best"):
         if getattr(args, name) and not args.knn_freq:
             raise UserError(f"--{name.replace('_', '-')} goes with --knn-freq N")
+    if args.lr_min and not args.cos:
+        raise UserError(f"--lr-min {args.lr_min:g} goes with --cos")
+    if args.lr_warmup and options.in_epochs(args.lr_warmup_epochs, 1) == 0:
+        raise UserError(f"--lr-warmup {args.lr_warmup:g} goes with --lr-warmup-epochs N")
     if args.lr_min > args.lr:
         raise UserError(f"--lr-min {args.lr_min:g} is larger than --lr {args.lr:g}")
     options.check_run(args)
@@ -137,6 +143,7 @@ def run(process, args):
     steps, reader = len(batches), batches.dataset.reader
     if args.steps:
         args.epochs = math.ceil(args.steps / steps)
+        options.check_start(args)
     total = args.steps or args.epochs * steps
     changed = options.compare(before, args, path, UNRELATED)
     model = make_model(args, precision, steps, total)
@@ -158,7 +165,7 @@ def run(process, args):
         describe(args, process, batch, steps, total, (start_epoch, start), path, before, changed)
     saved = None  # its memory
     log = metrics.Log(args.log_dir, steps_done=done, active=process.rank == 0)
-    best = max((line["top1"] for line in log.kept if line["kind"] == "knn"), default=-1.0)
+    best = max((line["top1"] for line in log.kept if line["kind"] == "knn" and line["epoch"]), default=-1.0)
 
     learner = distributed.parallel(model, device)
     saves = survival.Saves(args.save_steps, args.save_minutes, args.dist_timeout)

@@ -4,8 +4,10 @@ import collections
 import concurrent.futures
 import copy
 import hashlib
+import http.client
 import lzma
 import os
+import pathlib
 import pickle
 import tarfile
 import zlib
@@ -24,7 +26,7 @@ IMAGENETTE = "imagenette2-320"  # the folder of the version whose shorter sides 
 # what torchvision's data sets raise on archives and folders that are missing, damaged or cannot be fetched
 BROKEN = (
     OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, pickle.UnpicklingError, tarfile.TarError,
-    zlib.error, lzma.LZMAError,
+    zlib.error, lzma.LZMAError, http.client.HTTPException,
 )  # fmt: skip
 
 
@@ -117,19 +119,20 @@ class _Cached:
 
 
 def fetch(args, process):
-    """Download the data set that --dataset names, where --download asks for it; one process of each node does.
+    """Download the data set that --dataset names, where --download asks for it.
 
+    Rank 0 does, and then one process of each other node, which finds it there where the nodes share DATA.
     Raises UserError if that fails. Every process must call this.
     """
     if not args.download:
         return
-    if process.local_rank == 0:
-        for split in ("pretrain", "train", "val"):
+    for turn in (process.rank == 0, process.rank > 0 and process.local_rank == 0):
+        for split in ("pretrain", "train", "val") if turn else ():
             try:
                 _torchvision(args, split, download=True)
             except BROKEN as error:
                 raise UserError(f"--dataset {args.dataset} --download: {_why(error)}") from error
-    distributed.total(torch.zeros(1, device=process.device))  # the others wait
+        distributed.total(torch.zeros(1, device=process.device))  # the others wait
 
 
 def load(args, split):
@@ -290,7 +293,8 @@ def cache(splits, local_size):
         return
     with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:  # PIL decodes without Python's lock
         sizes = [np.array(list(pool.map(_size, map(images.file, range(len(images)))))) for images in splits]
-        needed, free = sum(3 * int(size.prod(axis=1).sum()) for size in sizes), free_memory()
+        needed = sum(3 * int(size.prod(axis=1).sum()) for size in sizes)
+        free = distributed.from_rank_0(free_memory())  # one verdict, from before any process has filled its own
         each = f", {local_size} times on this node" if local_size > 1 else ""
         if needed * local_size > 0.9 * free:
             raise UserError(f"--cache-images: they take {_gigabytes(needed)}{each}, and {_gigabytes(free)} are free")
@@ -320,18 +324,26 @@ def _size(path):
         return read_image(path).size  # raises what reading it would
 
 
-def free_memory():
-    """Bytes of memory that are free for this process: the machine's, or its control group's if they are fewer."""
+def free_memory(root="/"):
+    """Bytes of memory that are free for this process: the machine's, or those of a control group that has fewer.
+
+    A batch system may limit any group above the process's own. root: of the file system, where /proc and /sys are.
+    """
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    root = pathlib.Path(root)
     try:
-        with open("/proc/meminfo") as file:
-            found += [1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:")]
-        with open("/proc/self/cgroup") as file:
-            group = "/sys/fs/cgroup" + file.read().split("::")[-1].strip()
-        with open(f"{group}/memory.max") as limit, open(f"{group}/memory.stat") as used:
-            found.append(int(limit.read()) - int(used.read().split()[1]))  # "anon": what is not the cache of files
-    except (OSError, ValueError):  # not Linux, no control groups, or "max": no limit
-        pass
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        own = pathlib.PurePosixPath((root / "proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/"))
+    except OSError:  # not Linux
+        return min(found)
+    for group in (own, *own.parents):
+        folder = root / "sys/fs/cgroup" / group
+        try:
+            used = int((folder / "memory.stat").read_text().split()[1])  # "anon": what is not the cache of files
+            found.append(int((folder / "memory.max").read_text()) - used)
+        except (OSError, ValueError):  # no such group here, or "max": no limit
+            pass
     return min(found)
 
 

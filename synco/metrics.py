@@ -247,18 +247,25 @@ def log_files(folder):
     return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
 
 
-def read_log(path):
-    """The lines of a log.jsonl as dicts with a "kind" and a whole "step"; what else is in the file is left out, such
-    as the incomplete last line of a run that was killed."""
+def read_log(path, damaged=None):
+    """The lines of a log.jsonl as dicts with a "kind" and a whole "step".
+
+    What else is in the file is left out: the incomplete last line of a run that was killed, and damaged lines, of which
+    damaged(line number) is told, if it is given.
+    """
     lines = []
     with open(path, errors="replace") as file:
-        for text in file:
+        for i, text in enumerate(file, 1):
+            if not text.endswith("\n"):
+                break
             try:
-                line = json.loads(text) if text.endswith("\n") else None
+                line = json.loads(text)
             except (ValueError, RecursionError):
                 line = None
             if isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int):
                 lines.append(line)
+            elif damaged:
+                damaged(i)
     return lines
 
 

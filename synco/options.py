@@ -172,14 +172,15 @@ def architecture(name):
     return given
 
 
-def add_data(parser):
-    """What to read and with which network: data set, image size, loading workers, network."""
+def add_data(parser, *, positional=True):
+    """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
     flag = parser.add_argument
-    flag(
-        "data",
-        metavar="DATA",
-        help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
-    )
+    if positional:
+        flag(
+            "data",
+            metavar="DATA",
+            help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
+        )
     flag("--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets")
     flag("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
     flag("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
@@ -277,12 +278,20 @@ def add_skipping(parser):
 def check_run(args):
     """Raise UserError where the flags of `add_data` and `add_run` contradict each other."""
     check_data(args)
-    if args.start_epoch >= args.epochs:
-        raise UserError(f"--start-epoch {args.start_epoch} must be below --epochs {args.epochs}")
+    if not getattr(args, "steps", None):
+        check_start(args)
     if args.overwrite and args.resume == "auto":
         raise UserError(
             "--overwrite starts anew and --resume auto goes on; give one (--resume '' takes a script's back)"
         )
+
+
+def check_start(args):
+    """Raise UserError unless --start-epoch is one of the run's; with --steps, once args.epochs holds their number."""
+    if args.start_epoch >= args.epochs:
+        steps = getattr(args, "steps", None)
+        length = f"{args.epochs}, which --steps {steps} make" if steps else f"--epochs {args.epochs}"
+        raise UserError(f"--start-epoch {args.start_epoch} must be below {length}")
 
 
 def add_classifier(parser):

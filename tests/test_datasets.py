@@ -1,16 +1,18 @@
 """Data sets by name, their parts, and the cache: against what was written into the files."""
 
 import argparse
+import http.client
 import os
 import pickle
 import tarfile
+import time
 import urllib.error
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import make_images, processes
+from conftest import ROOT, make_images, processes
 from PIL import Image
 
 from synco import datasets, loader
@@ -141,14 +143,16 @@ def test_a_data_set_that_is_not_there(tmp_path, name, monkeypatch):
         assert "\n" not in str(error.value) and "download=True" not in str(error.value)
     assert not (tmp_path / "x").exists()  # and nothing was made
 
-    def refused(*given, **more):
-        raise urllib.error.URLError("no network")
+    for broken, words in ((urllib.error.URLError("no network"), "no network"), (http.client.IncompleteRead(b""), "0 ")):
 
-    for module in ("cifar", "stl10", "imagenette", "caltech"):
-        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", refused)
-    with pytest.raises(UserError, match=f"--dataset {name} --download: .*no network") as error:
-        datasets.fetch(flags(tmp_path / "x", name, download=True), Process())
-    assert "\n" not in str(error.value)
+        def refused(*given, broken=broken, **more):
+            raise broken
+
+        for module in ("cifar", "stl10", "imagenette", "caltech"):
+            monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", refused)
+        with pytest.raises(UserError, match=f"--dataset {name} --download: .*{words}") as error:
+            datasets.fetch(flags(tmp_path / "x", name, download=True), Process())
+        assert "\n" not in str(error.value)
 
 
 def test_damaged_archives(tmp_path, monkeypatch):
@@ -186,6 +190,28 @@ def _fetch(rank, folder):
 def test_one_process_of_a_node_downloads(tmp_path):
     files = [f"0-{split}" for split in ("pretrain", "train", "val")]
     assert processes(2, _fetch, str(tmp_path)) == [files, files]
+
+
+def _fetch_on_a_node_each(rank, folder):
+    """Two nodes that share a folder → what a process finds there when it is its turn to download."""
+    seen = []
+
+    def download(args, split, download):
+        seen.append(sorted(os.listdir(folder)))
+        if rank == 0:
+            time.sleep(0.3)  # long enough for the other to be there, if it did not wait
+            with open(os.path.join(folder, split), "w") as file:
+                file.write("fetched")
+
+    datasets._torchvision = download
+    datasets.fetch(flags(folder, "stl10", download=True), Process(rank, 2, 0, 1))
+    return seen
+
+
+def test_nodes_do_not_write_the_same_files_at_a_time(tmp_path):
+    first, second = processes(2, _fetch_on_a_node_each, str(tmp_path))
+    assert first == [[], ["pretrain"], ["pretrain", "train"]]
+    assert second == [["pretrain", "train", "val"]] * 3
 
 
 # ------------------------------------------------------------------------------------------------------ parts
@@ -279,6 +305,35 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(uneven, monkey
 
 def test_free_memory_is_no_more_than_the_machine_has():
     assert 10**7 < datasets.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_limit_on_any_control_group_above_counts(tmp_path):
+    """As batch systems set them: on the job's, while the process's own has none."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    500000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/slurm/job_7/step_0/task_0\n")
+    assert datasets.free_memory(tmp_path) == 500_000 * 1024  # there are no such groups
+    for group, limit in (("slurm", "300000"), ("slurm/job_7", "200000"), ("slurm/job_7/step_0/task_0", "max")):
+        folder = tmp_path / "sys" / "fs" / "cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(limit + "\n")
+        (folder / "memory.stat").write_text("anon 120000\nfile 999999\n")
+    assert datasets.free_memory(tmp_path) == 200_000 - 120_000
+
+
+def _free(rank):
+    """The verdict where the first process has been told of more memory than the second."""
+    datasets.free_memory = lambda: 10**9 if rank == 0 else 0
+    images = datasets.Images("x", ["c"], ["c/0"], [0], datasets._Files(ROOT / "tests", ["0"]))
+    datasets._size = lambda path: (2, 2)
+    datasets.read_image = lambda path: Image.new("RGB", (2, 2), (1, 2, 3))
+    datasets.cache([images], 2)
+    return np.asarray(images[0][0])[0, 0].tolist()
+
+
+def test_processes_that_fill_their_caches_leave_the_others_verdict_alone(tmp_path):
+    """What one has taken before another asks is no less free memory: it was counted for both."""
+    assert processes(2, _free) == [[1, 2, 3]] * 2
 
 
 def test_data_sets_that_are_in_memory_need_no_cache(tmp_path, monkeypatch, capsys):

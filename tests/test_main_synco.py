@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import ARCH, SMALL, command, free_port, make_images
 
 import main_synco
 from synco import checkpoint, metrics
+from synco.options import UserError
 
 
 def final(folder, epoch=1):
@@ -273,6 +275,13 @@ def test_each_type_starts_at_its_own_epoch_or_step(data, tmp_path, program, seen
         assert columns == 1 + 64 + sum(count for count, start in zip(counts, starts) if at >= start)
 
 
+def parsed(*flags):
+    """What main_synco makes of these flags."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main_synco.py", *map(str, flags)])
+        return main_synco.parse()
+
+
 def test_a_length_in_steps(undisturbed, data, tmp_path, program):
     """Seven steps of three an epoch: two epochs and a step, each with a learning rate of its own."""
     flags = [*SMALL, "-p", 1, "--knn-freq", 1, "--save-dir", tmp_path / "r", data]
@@ -293,6 +302,13 @@ def test_a_length_in_steps(undisturbed, data, tmp_path, program):
     assert equal(saved, final(tmp_path / "again", 2))
     status, _, err = program(*flags, "--resume", "auto", "--epochs", 9)
     assert status == 2 and "--steps" in err and err.count("\n") == 1
+    flags[flags.index(tmp_path / "again")] = tmp_path / "none"
+    refused(
+        program(*flags, "--start-epoch", 3), "--start-epoch 3 must be below 3, which --steps 7 make", tmp_path / "none"
+    )
+    flags[flags.index(7)] = 603  # 201 epochs, and so more than --epochs is by default
+    args = parsed(*flags, "--start-epoch", 200)
+    assert (args.start_epoch, args.steps) == (200, 603)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +354,35 @@ def test_extras_resume_exactly(data, tmp_path, program, flags):
     if "stem" in flags:
         assert a["state_dict"]["module.encoder_q.conv1.weight"].shape == (64, 3, 3, 3)
         assert a["state_dict"]["module.queue_ptr"].tolist() == [2 * 48 % 64] and a["config"]["stem"] == "cifar"
+
+
+def test_flags_that_would_do_nothing():
+    words = [word for word in SMALL if word not in ("--cos", "--aug-plus")]
+    for flags, message in (
+        (["--lr-min", 0.01], "--lr-min 0.01 goes with --cos"),
+        (["--lr-warmup", 0.01, "--lr-warmup-epochs", "0s"], "--lr-warmup 0.01 goes with --lr-warmup-epochs N"),
+        (["--blur"], "--blur goes with --aug-plus or --aug-heavy"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parsed(*words, *flags, "data")
+
+
+def test_the_best_epoch_is_the_same_after_a_stop(data, tmp_path, program, monkeypatch):
+    """Untrained features may be the best of all; they are of no epoch, and keep none from being the best."""
+    accuracies = iter([90.0, 30.0, 40.0, 40.0])  # before the first epoch, and after the first and the second, twice
+    monkeypatch.setattr(
+        main_synco.knn, "accuracy", lambda *given, **more: {"top1": next(accuracies), "top1_projection": 0.0}
+    )
+    flags, best = (
+        [*SMALL, "--knn-freq", 1, "--save-best", "--save-dir", tmp_path / "r", data],
+        tmp_path / "r" / main_synco.BEST,
+    )
+    status, _, err = program(*flags)
+    assert status == 0 and checkpoint.load(best)["epoch"] == 2, err
+    os.remove(tmp_path / "r" / "checkpoint_0001.pth.tar")  # as if the second epoch had not ended
+    os.remove(best)
+    status, _, err = program(*flags, "--resume", "auto")
+    assert status == 0 and checkpoint.load(best)["epoch"] == 2, err
 
 
 def test_clipping_bounds_the_gradient(data, tmp_path, program, monkeypatch):
@@ -421,6 +466,7 @@ BAD = {
     "--save-best": "--save-best goes with --knn-freq N",
     "--knn-train": "--knn-train goes with --knn-freq N",
     "--lr-min 1": "--lr-min 1 is larger than --lr 0.03",
+    "--lr-warmup 0.1": "--lr-warmup 0.1 goes with --lr-warmup-epochs N",
     "--clip-grad 0": "argument --clip-grad: '0' is not a number > 0",
     "--limit-images 7": "--batch-size 8: a step takes 8 images, ",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
