@@ -376,11 +376,14 @@ def method(args, steps, total):
         return "MoCo (no synthetic negatives)"
     kinds = ", ".join(f"{count} {name}" for name, count in args.counts.items() if count)
     mochi = not any(args.counts[name] for name in TYPES if name not in ("interpolated", "mixed"))
-    starts = [start for start, count in zip(warmups(args), args.counts.values()) if count]
+    starts = {name: start for (name, n), start in zip(args.counts.items(), warmups(args)) if n}
     end = total / steps - args.cooldown_epochs
-    told = ", ".join(map(str, starts if isinstance(args.warmup_epochs, list) else starts[:1]))
+    if len(set(starts.values())) == 1:
+        told = str(next(iter(starts.values())))
+    else:
+        told = ", ".join(f"{start} ({name})" for name, start in starts.items())
     when = f"from epoch {told} on" + (f", before epoch {end:g}" if args.cooldown_epochs else "")
-    if end <= min(options.in_epochs(start, steps) for start in starts):
+    if end <= min(options.in_epochs(start, steps) for start in starts.values()):
         when = "in no epoch: all are warm-up or cool-down"
     return (
         f"{'MoCHi' if mochi else 'SynCo'}: {sum(args.counts.values())} synthetic negatives a query ({kinds}), "

@@ -135,13 +135,17 @@ def fetch(args, process):
 def load(args, split):
     """The images of a split, "train", "val" or "pretrain", as far as --limit-images lets them → Images.
 
-    "pretrain" is "train" but for STL-10, whose unlabelled images it is.
-    Raises UserError where the data set is missing or damaged.
+    "pretrain" is "train" but for STL-10, whose unlabelled images it is. With --hold-out N, "val" is N of the training
+    images, which the others then lack: for choosing settings without a look at the images that are reported.
+    Raises UserError where the data set is missing or damaged, or has no N images to spare.
     """
+    source = "train" if args.hold_out and split == "val" else split
     if args.dataset == "imagefolder":
-        images = image_folder(args.data, "train" if split == "pretrain" else split)
+        images = image_folder(args.data, "train" if source == "pretrain" else source)
     else:
-        images = _named(args, split)
+        images = _named(args, source)
+    if args.hold_out and not (split == "pretrain" and args.dataset == "stl10"):  # whose unlabelled images are others
+        images = _held_out(images, split == "val", args.hold_out, args.split_seed)
     return limited(images, args.limit_images, args.split_seed) if args.limit_images else images
 
 
@@ -202,7 +206,7 @@ def _named(args, split):
         names = [f"{found.categories[y]}/{y + 1:03}_{i:04}.jpg" for y, i in zip(found.y, found.index)]
         images = Images(folder, found.categories, names, list(found.y), _Files(folder, names))
         _count(args, images, 30607)
-        return _held_out(images, split, args.split_seed)
+        return _fifth(images, split == "val", args.split_seed)
     if split == "pretrain" and name == "stl10":
         classes, targets = ["unlabeled"], [0] * len(found)
     else:
@@ -240,13 +244,21 @@ def by_class(images, purpose):
     return [sorted(of_class[label], key=key) for label in sorted(of_class)]
 
 
-def _held_out(images, split, seed):
-    """The fifth of every class that is "val", or the rest of it."""
+def _fifth(images, val, seed):
+    """A fifth of every class, which is Caltech-256's val here, or all the others."""
     chosen = []
     for positions in by_class(images, f"{seed}/val"):
-        fifth = round(len(positions) / 5)
-        chosen += positions[:fifth] if split == "val" else positions[fifth:]
+        count = round(len(positions) / 5)
+        chosen += positions[:count] if val else positions[count:]
     return images.part(sorted(chosen))
+
+
+def _held_out(images, val, count, seed):
+    """`count` of the images, class-balanced, or all the others."""
+    if count >= len(images):
+        raise UserError(f"--hold-out {count}: {images.root} has {len(images)} images to train on and hold out of")
+    chosen = _in_turn(images, f"{seed}/hold-out")[:count]
+    return images.part(sorted(chosen if val else set(range(len(images))) - set(chosen)))
 
 
 def limited(images, count, seed):
@@ -254,9 +266,14 @@ def limited(images, count, seed):
 
     A smaller count gives a part of what a larger one gives. Of fewer images, all.
     """
-    orders = by_class(images, f"{seed}/limit")
+    return images.part(sorted(_in_turn(images, f"{seed}/limit")[:count]))
+
+
+def _in_turn(images, purpose):
+    """All positions, one of each class in turn, as `by_class` orders them."""
+    orders = by_class(images, purpose)
     turns = sorted((turn, label) for label, positions in enumerate(orders) for turn in range(len(positions)))
-    return images.part(sorted(orders[label][turn] for turn, label in turns[:count]))
+    return [orders[label][turn] for turn, label in turns]
 
 
 # ------------------------------------------------------------------------------------------------------ in memory

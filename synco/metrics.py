@@ -174,13 +174,25 @@ def log_files(folder):
     return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
 
 
-def read_log(path):
-    """The lines of a log.jsonl as dicts; an incomplete last line (a run that was killed) is left out."""
+def read_log(path, damaged=None):
+    """The lines of a log.jsonl as dicts; an incomplete last line (a run that was killed) is left out.
+
+    A line that is no JSON object raises ValueError; with `damaged` it is left out, and damaged(its number) is called.
+    """
     lines = []
-    with open(path) as file:
-        for text in file:
-            if text.endswith("\n"):
-                lines.append(json.loads(text))
+    with open(path, errors="replace") as file:
+        for i, text in enumerate(file, 1):
+            if not text.endswith("\n"):
+                break
+            try:
+                line = json.loads(text)
+                if not isinstance(line, dict):
+                    raise ValueError(f"{path}: line {i} is not a JSON object")
+                lines.append(line)
+            except ValueError:
+                if damaged is None:
+                    raise
+                damaged(i)
     return lines
 
 

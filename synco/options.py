@@ -153,19 +153,21 @@ def architecture(name):
     return given
 
 
-def add_data(parser):
-    """What to read and with which network: data set, image size, loading workers, network."""
+def add_data(parser, *, positional=True):
+    """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
     flag = parser.add_argument
-    flag(
-        "data",
-        metavar="DATA",
-        help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
-    )
+    if positional:
+        flag(
+            "data",
+            metavar="DATA",
+            help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
+        )
     flag("--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets")
     flag("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
     flag("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
     flag("--limit-images", type=number(int, 1), metavar="N", help="of each split N images, class-balanced: for trials")
-    flag("--split-seed", default=0, type=number(int, 0), help="of --limit-images' choice and of Caltech-256's val")
+    flag("--hold-out", type=number(int, 1), metavar="N", help="N training images, class-balanced, in place of val")
+    flag("--split-seed", default=0, type=number(int, 0), help="of these two choices, and of Caltech-256's val")
     flag("-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network, or timm:NAME")
     flag("--stem", choices=STEMS, help="a ResNet's: ImageNet's, or for small images 3x3, stride 1 and no max-pool")
     flag("--img-size", type=number(int, 8, LARGEST), help="side of the square crops (unset: by --dataset, 224 or less)")

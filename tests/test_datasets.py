@@ -21,7 +21,7 @@ CATEGORIES = ("001.ak47", "002.american-flag", "257.clutter")
 
 
 def flags(data, dataset="imagefolder", **given):
-    defaults = {"download": False, "limit_images": None, "split_seed": 0}
+    defaults = {"download": False, "limit_images": None, "hold_out": None, "split_seed": 0}
     return argparse.Namespace(data=str(data), dataset=dataset, **defaults | given)
 
 
@@ -210,6 +210,24 @@ def test_limits_are_balanced_and_nested(uneven):
     assert len(found[19]) == 17
     other = datasets.load(flags(uneven, limit_images=6, split_seed=5), "train")
     assert other.names != found[6].names and [other.targets.count(label) for label in range(3)] == [2, 2, 2]
+
+
+def test_held_out_images_are_balanced_and_not_trained_on(uneven, tmp_path, monkeypatch):
+    whole = datasets.image_folder(uneven, "train")
+    found = {split: datasets.load(flags(uneven, hold_out=6), split) for split in ("pretrain", "train", "val")}
+    assert sorted(found["train"].names + found["val"].names) == sorted(whole.names)
+    assert found["pretrain"].names == found["train"].names
+    assert [found["val"].targets.count(label) for label in range(3)] == [2, 2, 2]
+    assert datasets.load(flags(uneven, hold_out=6, split_seed=1), "val").names != found["val"].names
+    fewer = datasets.load(flags(uneven, hold_out=6, limit_images=3), "val")
+    assert set(fewer.names) < set(found["val"].names) and len(fewer) == 3
+    with pytest.raises(UserError, match="--hold-out 17: .* has 17 images to train on and hold out of"):
+        datasets.load(flags(uneven, hold_out=17), "train")
+    stl10(tmp_path / "stl", monkeypatch)
+    held = {
+        s: len(datasets.load(flags(tmp_path / "stl", "stl10", hold_out=1), s)) for s in ("pretrain", "train", "val")
+    }
+    assert held == {"pretrain": 5, "train": 2, "val": 1}  # of three labelled images
 
 
 def test_a_part_keeps_names_labels_and_images_together(uneven):

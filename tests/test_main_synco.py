@@ -263,7 +263,8 @@ def test_each_type_starts_at_its_own_epoch_or_step(data, tmp_path, program, seen
     flags = [*SMALL, "-p", 1, "--epochs", 3, "--warmup-epochs", "0,0.5,1,4s,2,2.4", "--save-dir", tmp_path / "r", data]
     status, out, err = program(*flags)
     assert status == 0, err
-    assert "from epoch 0, 0.5, 1, 4s, 2, 2.4 on" in out
+    told = "0 (interpolated), 0.5 (extrapolated), 1 (mixed), 4s (noisy), 2 (perturbed), 2.4 (adversarial)"
+    assert f"from epoch {told} on" in out
     starts, counts = (0, 0.5, 1, 4 / 3, 2, 2.4), (4, 3, 2, 2, 2, 1)
     assert len(seen_columns) == 9  # three epochs of three steps
     for at, columns in seen_columns:
