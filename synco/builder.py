@@ -223,7 +223,7 @@ class _Logits(torch.autograd.Function):
         if own is not None:
             similarity.masked_fill_(own, -torch.inf)
         negatives = synthetic(similarity) if S else q.new_empty(N, 0, C)
-        torch.bmm(negatives, q[:, :, None], out=rest[:, :, None])
+        torch.bmm(q[:, None], negatives.transpose(1, 2), out=rest[:, None])
         ctx.queue, ctx.version = queue, queue._version
         ctx.save_for_backward(k, slots, queue[slots], own, negatives)
         return logits

@@ -3,8 +3,8 @@
 Source: SynCo, arXiv 2410.02401, sec. 3; types 1 and 3 are MoCHi's, arXiv 2010.01028, sec. 4.
 
 The six functions are formulas only: they draw nothing, take any float dtype, and return unit rows that are constants
-for the gradient; torch.lerp(a, b, w) is a + w * (b - a). `synthesize` does the drawing. N queries, S negatives a
-query, C dimensions, K rows in the queue.
+for the gradient, written to `out` if it is given; torch.lerp(a, b, w) is a + w * (b - a). `synthesize` does the
+drawing. N queries, S negatives a query, C dimensions, K rows in the queue.
 """
 
 import torch
@@ -19,51 +19,51 @@ def _unit(x):
 
 
 @torch.no_grad()
-def interpolated(q, n, alpha):
+def interpolated(q, n, alpha, out=None):
     """Type 1: a point between the query and a hard negative.
 
         s = normalize(alpha * q + (1 - alpha) * n)
 
     q (N, C), n (N, S, C), alpha (N, S, 1) in (0, 0.5) → (N, S, C), unit rows.
     """
-    return _unit(torch.lerp(n, q[:, None], alpha))
+    return _unit(torch.lerp(n, q[:, None], alpha, out=out))
 
 
 @torch.no_grad()
-def extrapolated(q, n, beta):
+def extrapolated(q, n, beta, out=None):
     """Type 2: a point beyond the hard negative, on the line from the query through it.
 
         s = normalize(q + beta * (n - q))
 
     q (N, C), n (N, S, C), beta (N, S, 1) in (1, 1.5) → (N, S, C), unit rows.
     """
-    return _unit(torch.lerp(q[:, None], n, beta))
+    return _unit(torch.lerp(q[:, None], n, beta, out=out))
 
 
 @torch.no_grad()
-def mixed(n_i, n_j, gamma):
+def mixed(n_i, n_j, gamma, out=None):
     """Type 3: a mixture of two hard negatives.
 
         s = normalize(gamma * n_i + (1 - gamma) * n_j)
 
     n_i, n_j (N, S, C), gamma (N, S, 1) in (0, 1) → (N, S, C), unit rows.
     """
-    return _unit(torch.lerp(n_j, n_i, gamma))
+    return _unit(torch.lerp(n_j, n_i, gamma, out=out))
 
 
 @torch.no_grad()
-def noisy(n, noise):
+def noisy(n, noise, out=None):
     """Type 4: a hard negative with Gaussian noise added.
 
         s = normalize(n + noise)
 
     n (N, S, C), noise (N, S, C) already scaled by sigma → (N, S, C), unit rows.
     """
-    return _unit(n + noise)
+    return _unit(torch.add(n, noise, out=out))
 
 
 @torch.no_grad()
-def perturbed(q, n, delta):
+def perturbed(q, n, delta, out=None):
     """Type 5: a hard negative moved a step towards the query.
 
         s = normalize(n + delta * grad_n <q, n>),   grad_n <q, n> = q
@@ -71,18 +71,18 @@ def perturbed(q, n, delta):
     The similarity is the dot product, so its gradient is known and autograd has no part in it.
     q (N, C), n (N, S, C), delta a float → (N, S, C), unit rows.
     """
-    return _unit(n + delta * q[:, None])
+    return _unit(torch.add(n, delta * q[:, None], out=out))
 
 
 @torch.no_grad()
-def adversarial(q, n, eta):
+def adversarial(q, n, eta, out=None):
     """Type 6: a hard negative moved by the sign of the similarity's gradient, as in FGSM.
 
         s = normalize(n + eta * sign(grad_n <q, n>)),   grad_n <q, n> = q
 
     q (N, C), n (N, S, C), eta a float → (N, S, C), unit rows.
     """
-    return _unit(n + eta * q.sign()[:, None])
+    return _unit(torch.add(n, eta * q.sign()[:, None], out=out))
 
 
 @torch.no_grad()
@@ -146,18 +146,19 @@ def synthesize(
     def rows(i):
         return F.embedding(parts[i], queue)  # (N, draws[i], C)
 
-    made = []
+    made = q.new_empty(N, sum(counts), q.shape[1])  # each type writes its own part
+    s1, s2, s3, s4, s5, s6 = made.split(counts, dim=1)
     if n1:
-        made.append(interpolated(q, rows(0), uniform(0, alpha, n1)))
+        interpolated(q, rows(0), uniform(0, alpha, n1), out=s1)
     if n2:
-        made.append(extrapolated(q, rows(1), uniform(1, beta, n2)))
+        extrapolated(q, rows(1), uniform(1, beta, n2), out=s2)
     if n3:
-        made.append(mixed(rows(2), rows(3), uniform(0, gamma, n3)))
+        mixed(rows(2), rows(3), uniform(0, gamma, n3), out=s3)
     if n4:
         noise = torch.randn(N, n4, q.shape[1], dtype=q.dtype, device=q.device, generator=generator)
-        made.append(noisy(rows(4), sigma * noise))
+        noisy(rows(4), sigma * noise, out=s4)
     if n5:
-        made.append(perturbed(q, rows(5), delta))
+        perturbed(q, rows(5), delta, out=s5)
     if n6:
-        made.append(adversarial(q, rows(6), eta))
-    return torch.cat(made, dim=1) if made else q.new_empty(N, 0, q.shape[1])
+        adversarial(q, rows(6), eta, out=s6)
+    return made
