@@ -178,7 +178,9 @@ class Log:
 
         path = os.path.join(folder, "log.jsonl")
         if os.path.exists(path):
-            self.kept = [line for line in read_log(path) if line["step"] <= steps_done]
+            found = read_log(path, damaged=lambda number: None)
+            ours = [x for x in found if isinstance(x.get("kind"), str) and isinstance(x.get("step"), int)]
+            self.kept = [line for line in ours if line["step"] <= steps_done]
         with open(path + ".tmp", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.kept)
         os.replace(path + ".tmp", path)
@@ -247,18 +249,25 @@ def log_files(folder):
     return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
 
 
-def read_log(path):
-    """The lines of a log.jsonl as dicts with a "kind" and a whole "step"; what else is in the file is left out, such
-    as the incomplete last line of a run that was killed."""
+def read_log(path, damaged=None):
+    """The lines of a log.jsonl as dicts; an incomplete last line (a run that was killed) is left out.
+
+    A line that is no JSON object raises ValueError; with `damaged` it is left out, and damaged(its number) is called.
+    """
     lines = []
     with open(path, errors="replace") as file:
-        for text in file:
+        for i, text in enumerate(file, 1):
+            if not text.endswith("\n"):
+                break
             try:
-                line = json.loads(text) if text.endswith("\n") else None
-            except (ValueError, RecursionError):
-                line = None
-            if isinstance(line, dict) and isinstance(line.get("kind"), str) and isinstance(line.get("step"), int):
+                line = json.loads(text)
+                if not isinstance(line, dict):
+                    raise ValueError(f"{path}: line {i} is not a JSON object")
                 lines.append(line)
+            except (ValueError, RecursionError):
+                if damaged is None:
+                    raise
+                damaged(i)
     return lines
 
 

@@ -172,14 +172,15 @@ def architecture(name):
     return given
 
 
-def add_data(parser):
-    """What to read and with which network: data set, image size, loading workers, network."""
+def add_data(parser, *, positional=True):
+    """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
     flag = parser.add_argument
-    flag(
-        "data",
-        metavar="DATA",
-        help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
-    )
+    if positional:
+        flag(
+            "data",
+            metavar="DATA",
+            help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
+        )
     flag("--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets")
     flag("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
     flag("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")

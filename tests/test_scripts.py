@@ -1,5 +1,6 @@
 """The shell scripts: their style, the commands that they start, and what they do to files."""
 
+import importlib.machinery
 import importlib.util
 import io
 import os
@@ -8,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 
 import pytest
 from conftest import ROOT
 
-SCRIPTS = sorted((ROOT / "scripts").glob("**/*.sh"))
+SCRIPTS = sorted([*(ROOT / "scripts").glob("**/*.sh"), *(ROOT / "scripts").glob("**/*.sbatch")])
 EXTRACT = ROOT / "scripts" / "extract_imagenet.sh"
 
 # facts of the papers: method → the counts n_hard, n1 ... n6
@@ -142,6 +144,145 @@ def test_no_data_folder(tmp_path, method, epochs, words):
     done = bash(script, *words, cwd=tmp_path, first_on_path=stub)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert script.name in done.stderr and "IMAGENET" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ recipes for one GPU
+
+# facts of the published runs
+CIFAR10 = {
+    "mocov2": (0, 0, 0, 0, 0, 0),
+    "mochi": (8, 0, 64, 0, 0, 0),  # a sixteenth of ImageNet's counts, as the queue of 4,096 is of its 65,536
+    "synco": (16, 16, 16, 4, 4, 4),
+}
+ONE_GPU = [*(f"cifar10_{method}" for method in CIFAR10), "imagenette_resnext50", "mochi_caltech256"]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """commands(script, words ...) runs a recipe whose python is a stub that leaves checkpoints, and parses the flags of
+    each program that it starts → [(program, args)]."""
+    write = """printf '%s\\n' "$@" END
+next=
+for word; do
+    [ "$next" ] && { mkdir -p "$word"; touch "$word/checkpoint_0001.pth.tar" "$word/checkpoint_0010.pth.tar"; }
+    next=; [ "$word" = --save-dir ] && next=1
+done; true"""
+    stub = program(tmp_path / "bin", "python", write)
+    timm = types.ModuleType("timm")  # the name of the network is checked
+    timm.__spec__ = importlib.machinery.ModuleSpec("timm", None)
+    timm.list_models = lambda: ["efficientnet_b2"]
+    timm.is_model = timm.list_models().__contains__
+    monkeypatch.setitem(sys.modules, "timm", timm)
+
+    def start(name, *words):
+        done = bash(ROOT / "scripts" / f"{name}.sh", *words, cwd=tmp_path, first_on_path=stub)
+        assert (done.returncode, done.stderr) == (0, "")
+        found = []
+        for command in done.stdout.split("END\n")[:-1]:
+            path, *flags = command.splitlines()
+            module = importlib.import_module(os.path.basename(path).removesuffix(".py"))
+            assert os.path.samefile(tmp_path / path, module.__file__)
+            monkeypatch.setattr(sys, "argv", [module.__name__, *flags])
+            found.append((module.__name__, module.parse()))
+        return found
+
+    return start
+
+
+@pytest.mark.parametrize("method", CIFAR10)
+def test_cifar10(commands, method):
+    """The settings of MoCo's demo, whatever the method."""
+    ((name, args),) = commands(f"cifar10_{method}", "my data")
+    assert (name, args.data, args.dataset, args.download) == ("main_synco", "my data", "cifar10", True)
+    assert (args.arch, args.stem, args.img_size, args.stats, args.mlp) == ("resnet18", "cifar", 32, "cifar10", False)
+    assert (args.epochs, args.batch_size, args.bn_splits, args.cos) == (200, 512, 8, True)
+    assert (args.optimizer, args.lr, args.momentum, args.weight_decay) == ("sgd", 0.06, 0.9, 5e-4)
+    assert (args.lr_min, args.lr_warmup_epochs, args.clip_grad) == (0, 0, None)
+    assert (args.moco_dim, args.moco_k, args.moco_m, args.moco_t) == (128, 4096, 0.99, 0.1)
+    assert (args.aug_plus, args.aug_heavy, args.blur, args.crop_scale) == (True, False, False, [0.08, 1])
+    assert (args.symmetric, args.mask_same_image) == (False, False)
+    assert tuple(getattr(args, f"n{i}") for i in range(1, 7)) == CIFAR10[method]
+    assert (args.warmup_epochs, args.cooldown_epochs) == (10, 0)
+    if method != "mocov2":
+        assert args.n_hard == 64
+    assert (args.knn_freq, args.knn_k, args.resume, args.save_dir) == (10, 200, "auto", f"runs/cifar10_{method}")
+
+
+@pytest.mark.parametrize("method", CIFAR10)
+def test_cifar10_with_other_flags(commands, method):
+    trial = ["--epochs", 2, "-a", "resnet18", "--limit-images", 2000]
+    ((_, args),) = commands(f"cifar10_{method}", "data", "my run", *trial)
+    assert (args.epochs, args.limit_images, args.save_dir, args.download) == (2, 2000, "my run", True)
+    folder = ["--dataset", "imagefolder", "--img-size", 32, "--stats", "cifar10"]
+    ((_, args),) = commands(f"cifar10_{method}", "data", *folder)
+    assert (args.dataset, args.img_size, args.stats, args.download) == ("imagefolder", 32, "cifar10", False)
+    ((_, args),) = commands(f"cifar10_{method}", "data", "--dataset=cifar100")
+    assert (args.dataset, args.img_size, args.stats) == ("cifar100", 32, "cifar100")
+
+
+def test_imagenette(commands):
+    """The pretraining, and the probe on its last checkpoint."""
+    (first, args), (second, probe) = commands("imagenette_resnext50", "my data")
+    assert (first, args.data, args.dataset, args.download) == ("main_synco", "my data", "imagenette", True)
+    assert (args.arch, args.stem, args.img_size, args.mlp) == ("resnext50_32x4d", "imagenet", 224, True)
+    assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.cos) == (600, 32, 0.03, 1e-4, True)
+    assert (args.optimizer, args.momentum, args.bn_splits) == ("sgd", 0.9, 1)
+    assert (args.moco_dim, args.moco_k, args.moco_m, args.moco_t) == (128, 16384, 0.999, 0.2)
+    assert (args.aug_plus, args.crop_scale) == (True, None) and not any(args.counts.values())
+    assert (args.knn_freq, args.knn_train, args.save_best) == (1, True, True)
+    assert (args.resume, args.save_dir) == ("auto", "runs/imagenette_resnext50")
+
+    assert (second, probe.data, probe.dataset, probe.arch) == ("main_lincls", "my data", "imagenette", args.arch)
+    assert probe.pretrained == "runs/imagenette_resnext50/checkpoint_0010.pth.tar"
+    assert (probe.epochs, probe.batch_size, probe.lr, probe.weight_decay, probe.momentum) == (200, 32, 0.03, 0, 0.9)
+    assert (probe.cos, probe.lr_min) == (True, 5e-7)
+    assert (probe.resume, probe.save_dir) == ("auto", "runs/imagenette_resnext50/lincls")
+
+
+def test_imagenette_with_other_flags(commands):
+    (_, args), (_, probe) = commands("imagenette_resnext50", "data", "my run", "--epochs", 2, "--", "--epochs", 3)
+    assert (args.epochs, args.save_dir, args.data) == (2, "my run", "data")
+    assert (probe.epochs, probe.save_dir, probe.data) == (3, "my run/lincls", "data")
+    assert probe.pretrained == "my run/checkpoint_0010.pth.tar"
+    folder = ["--dataset", "imagefolder"]
+    (_, args), (_, probe) = commands("imagenette_resnext50", "data", *folder, "--", *folder)
+    assert (args.dataset, args.download, probe.dataset) == ("imagefolder", False, "imagefolder")
+    (_, args), (_, probe) = commands("imagenette_resnext50", "data", "--", "--epochs", 4)
+    assert (args.epochs, args.save_dir, probe.epochs) == (600, "runs/imagenette_resnext50", 4)
+
+
+def test_imagenettes_probe_waits_for_a_pretraining_that_ends(tmp_path):
+    stub = program(tmp_path / "bin", "python", 'echo "$1"; exit 75')
+    done = bash(ROOT / "scripts" / "imagenette_resnext50.sh", "data", cwd=tmp_path, first_on_path=stub)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (75, 1, "") and "main_synco" in done.stdout
+
+
+def test_caltech256(commands):
+    ((name, args),) = commands("mochi_caltech256", "my data")
+    assert (name, args.data, args.dataset, args.download) == ("main_synco", "my data", "caltech256", True)
+    assert (args.arch, args.mlp, args.img_size, args.batch_size) == ("timm:efficientnet_b2", True, 224, 64)
+    assert (args.steps, args.optimizer, args.weight_decay, args.clip_grad) == (25000, "adamw", 0.01, 5)
+    assert (args.cos, args.lr, args.lr_min) == (True, 2e-4, 2.5e-6)
+    assert (args.lr_warmup, args.lr_warmup_epochs) == (2.5e-7, "2500s")
+    assert (args.moco_dim, args.moco_k, args.moco_m, args.moco_t) == (128, 8192, 0.999, 0.07)
+    assert args.n_hard == 32 and [getattr(args, f"n{i}") for i in range(1, 7)] == [16, 0, 16, 0, 0, 0]
+    # of the types that have counts: 1, mixes with the query, from step 10,000 on; 3, mixes of two, from 5,000
+    assert (args.warmup_epochs[0], args.warmup_epochs[2]) == ("10000s", "5000s")
+    assert (args.mask_same_image, args.aug_heavy, args.aug_plus, args.crop_scale) == (True, True, False, None)
+    assert (args.resume, args.save_dir) == ("auto", "runs/mochi_caltech256")
+    ((_, args),) = commands("mochi_caltech256", "data", "my run", "--steps", 20, "--lr", 1e-3)
+    assert (args.steps, args.lr, args.save_dir) == (20, 1e-3, "my run")
+    ((_, args),) = commands("mochi_caltech256", "data", "--dataset", "imagefolder")
+    assert (args.dataset, args.download, args.img_size) == ("imagefolder", False, 224)
+
+
+@pytest.mark.parametrize("name", ONE_GPU)
+@pytest.mark.parametrize("words", [[], ["--keep", "2"]], ids=["nothing", "flags only"])
+def test_recipe_usage(tmp_path, name, words):
+    stub = program(tmp_path / "bin", "python", "echo started")
+    done = bash(ROOT / "scripts" / f"{name}.sh", *words, cwd=tmp_path, first_on_path=stub)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert f"{name}.sh DATA [SAVE_DIR]" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
