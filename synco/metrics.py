@@ -178,7 +178,9 @@ class Log:
 
         path = os.path.join(folder, "log.jsonl")
         if os.path.exists(path):
-            self.kept = [line for line in read_log(path) if line["step"] <= steps_done]
+            found = read_log(path, damaged=lambda number: None)
+            ours = [x for x in found if isinstance(x.get("kind"), str) and isinstance(x.get("step"), int)]
+            self.kept = [line for line in ours if line["step"] <= steps_done]
         with open(path + ".tmp", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.kept)
         os.replace(path + ".tmp", path)

@@ -95,8 +95,8 @@ def test_one_step_of_fine_tuning_is_plain_sgd(data, pretrained, tmp_path, progra
 def test_an_interrupted_fine_tuning_ends_bit_identical(tuned, data, pretrained, tmp_path, programs, monkeypatch):
     train = trial.Trial.train
 
-    def interrupted(self, learner, optimizer, epoch):
-        train(self, learner, optimizer, epoch)
+    def interrupted(self, learner, optimizer, epoch, **more):
+        train(self, learner, optimizer, epoch, **more)
         if epoch == 2:
             raise KeyboardInterrupt
 
