@@ -153,12 +153,13 @@ def run(process, args):
         found = knn.accuracy(
             model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k, train=args.knn_train
         )
-        log.write("knn", min(done * steps, total), epoch=done, **found)
         told = f"{found['top1']:.2f} % (projection {found['top1_projection']:.2f} %)"
         told += f", training images {found['train_top1']:.2f} %" if args.knn_train else ""
         say(f"kNN after {done} epochs: {told}")
         if args.save_best and done and found["top1"] > best and process.rank == 0:
             save(model, optimizer, done, min(done * steps, total), args, BEST)
+        # the last: a run that is stopped before this line evaluates again, and saves again
+        log.write("knn", min(done * steps, total), epoch=done, **found)
         best = max(best, found["top1"] if done else -1.0)
 
     due = args.knn_freq and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs)
