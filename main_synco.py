@@ -95,12 +95,12 @@ def parse():
     args.counts = {name: getattr(args, f"n{i}") for i, name in enumerate(TYPES, 1)}
     if any(args.counts.values()) and args.n_hard > args.moco_k:
         raise UserError(f"--n-hard {args.n_hard} is larger than the queue: --moco-k is {args.moco_k}")
+    if args.blur and not (args.aug_plus or args.aug_heavy):
+        raise UserError("--blur goes with --aug-plus or --aug-heavy: MoCo v1's augmentation has none")
     if args.sync_bn and args.bn_splits > 1:
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
     if args.aug_plus and args.aug_heavy:
         raise UserError("--aug-plus and --aug-heavy contradict each other")
-    if args.blur and not (args.aug_plus or args.aug_heavy):
-        raise UserError("--blur goes with --aug-plus or --aug-heavy: MoCo v1's augmentation has none")
     for name in ("knn_train", "save_best"):
         if getattr(args, name) and not args.knn_freq:
             raise UserError(f"--{name.replace('_', '-')} goes with --knn-freq N")

@@ -386,14 +386,14 @@ def test_the_best_epoch_is_the_same_after_a_stop(data, tmp_path, program, monkey
 def test_a_best_epoch_that_was_not_saved_is_evaluated_again(data, tmp_path, program, monkeypatch):
     flags = [*SMALL, "--knn-freq", 2, "--save-best", "--save-dir", tmp_path / "r", data]
     with monkeypatch.context() as patch:
-        save = main_synco.save
+        whole = checkpoint.whole
 
-        def stopped(model, optimizer, done, step, args, name=None):
-            if name:
+        def stopped(path):
+            if str(path).endswith(main_synco.BEST):
                 raise UserError("stopped")
-            save(model, optimizer, done, step, args)
+            return whole(path)
 
-        patch.setattr(main_synco, "save", stopped)
+        patch.setattr(checkpoint, "whole", stopped)
         refused(program(*flags), "stopped")
     assert program(*flags, "--resume", "auto")[0] == 0
     assert checkpoint.load(tmp_path / "r" / main_synco.BEST)["epoch"] == 2
