@@ -106,14 +106,14 @@ def parse():
     args.counts = {name: getattr(args, f"n{i}") for i, name in enumerate(TYPES, 1)}
     if any(args.counts.values()) and args.n_hard > args.moco_k:
         raise UserError(f"--n-hard {args.n_hard} is larger than the queue: --moco-k is {args.moco_k}")
+    if args.blur and not (args.aug_plus or args.aug_heavy):
+        raise UserError("--blur goes with --aug-plus or --aug-heavy: MoCo v1's augmentation has none")
     if args.sync_bn and args.bn_splits > 1:
         raise UserError(f"--sync-bn and --bn-splits {args.bn_splits} contradict each other")
     if args.aug_plus and args.aug_heavy:
         raise UserError("--aug-plus and --aug-heavy contradict each other")
     if args.augment_on == "device" and args.aug_heavy:
         raise UserError("--augment-on device cannot do --aug-heavy's RandAugment; leave one of the two out")
-    if args.blur and not (args.aug_plus or args.aug_heavy):
-        raise UserError("--blur goes with --aug-plus or --aug-heavy: MoCo v1's augmentation has none")
     for name in ("knn_train", "save_best"):
         if getattr(args, name) and not args.knn_freq:
             raise UserError(f"--{name.replace('_', '-')} goes with --knn-freq N")
@@ -175,12 +175,13 @@ def run(process, args):
         found = knn.accuracy(
             model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k, train=args.knn_train
         )
-        log.write("knn", min(done * steps, total), epoch=done, **found)
         told = f"{found['top1']:.2f} % (projection {found['top1_projection']:.2f} %)"
         told += f", training images {found['train_top1']:.2f} %" if args.knn_train else ""
         say(f"kNN after {done} epochs: {told}")
         if args.save_best and done and found["top1"] > best:
             save(min(done * steps, total), BEST)
+        # the last: a run that is stopped before this line evaluates again, and saves again
+        log.write("knn", min(done * steps, total), epoch=done, **found)
         best = max(best, found["top1"] if done else -1.0)
 
     def save(step, name, *, last=False):

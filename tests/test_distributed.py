@@ -115,6 +115,36 @@ def test_batch_norm_of_the_keys_sees_a_permuted_batch(world_size):
             assert set(place) != set(range(rank * 6, rank * 6 + 6))  # and not where it came from
 
 
+def _symmetric(rank, batch, steps):
+    """Some steps with both views as queries and an image's own rows masked → their logits, the queue, gradients."""
+    torch.manual_seed(0)
+    none = {f"n{i}": 0 for i in range(1, 7)}
+    model = SynCo(encoder, 4, 40, 0.9, 0.2, False, **none, symmetric=True, mask_same_image=True).eval()
+    learner, found = distributed.parallel(model, torch.device("cpu")), []
+    for step in range(steps):
+        g = torch.Generator().manual_seed(step)
+        im_q, im_k = torch.randn(2, 8, 6, generator=g)
+        index = torch.randperm(10, generator=g)[:8]  # most images come again while their keys are in the queue
+        mine = slice(rank * batch, (rank + 1) * batch)
+        logits, labels = learner(im_q[mine], im_k[mine], step=step, index=index[mine])
+        F.cross_entropy(logits, labels).backward()
+        found.append(logits.detach().view(2, batch, -1))
+    gradients = [w.grad.numpy() for w in model.encoder_q.parameters()]
+    return torch.stack(found).numpy(), model.queue.numpy(), model.queue_index.tolist(), gradients
+
+
+def test_symmetric_and_masked_processes_are_one_with_the_whole_batch():
+    logits, queue, numbers, gradients = _symmetric(0, 8, 4)
+    assert np.isinf(logits[1:]).any(axis=(1, 2, 3)).all() and not np.isinf(logits[..., 0]).any()
+    parts = processes(2, _symmetric, 4, 4)
+    np.testing.assert_allclose(np.concatenate([part[0] for part in parts], axis=2), logits, atol=1e-5)
+    for _, its_queue, its_numbers, its_gradients in parts:
+        np.testing.assert_allclose(its_queue, queue, atol=1e-6)
+        assert its_numbers == numbers and numbers.count(-1) == 0
+        for ours, theirs in zip(its_gradients, gradients):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_fill_the_queue_as_one_with_the_whole_batch(world_size):
     """With BatchNorm in eval mode the shuffle must not show: a plain loop on the whole batch gives the same queue."""

@@ -385,6 +385,24 @@ def test_the_best_epoch_is_the_same_after_a_stop(data, tmp_path, program, monkey
     assert status == 0 and checkpoint.load(best)["epoch"] == 2, err
 
 
+def test_a_best_epoch_that_was_not_saved_is_evaluated_again(data, tmp_path, program, monkeypatch):
+    flags = [*SMALL, "--knn-freq", 2, "--save-best", "--save-dir", tmp_path / "r", data]
+    with monkeypatch.context() as patch:
+        whole = checkpoint.whole
+
+        def stopped(path):
+            if str(path).endswith(main_synco.BEST):
+                raise UserError("stopped")
+            return whole(path)
+
+        patch.setattr(checkpoint, "whole", stopped)
+        refused(program(*flags), "stopped")
+    assert program(*flags, "--resume", "auto")[0] == 0
+    assert checkpoint.load(tmp_path / "r" / main_synco.BEST)["epoch"] == 2
+    log = metrics.read_log(tmp_path / "r" / "log.jsonl")
+    assert [line["epoch"] for line in log if line["kind"] == "knn"] == [0, 2]
+
+
 def test_clipping_bounds_the_gradient(data, tmp_path, program, monkeypatch):
     """The norm of what reaches the optimiser, computed anew."""
     norms, step = [], torch.optim.SGD.step
