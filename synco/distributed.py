@@ -371,8 +371,8 @@ def parallel(module, device):
     Buffers are not sent around in each step: the queue is the same everywhere by construction, and BatchNorm's
     statistics are made equal where they are read, see `share_buffers`.
     Of gradients that travel together the place of each decides in which order gloo sums it over three processes or
-    more, and DDP puts them together anew after its first step: on a CPU each travels by itself, so that a run which goes
-    on, whose first step is another one, rounds as one that never stopped.
+    more, and DDP puts them together anew after its first step: on a CPU each travels by itself, so that a run which
+    goes on, whose first step is another one, rounds as one that never stopped.
     """
     if not dist.is_initialized():
         return module

@@ -138,7 +138,8 @@ def _alone(store):
     """Whether the cache can be written, one process at a time; where the system has no locks, several at a time."""
     try:
         os.makedirs(os.path.dirname(store), exist_ok=True)
-        lock = open(f"{store}.lock", "w")
+        # sixteen locks for all folders: none can be removed safely, and one would make a small folder wait for a large
+        lock = open(store[: store.rindex("-") + 2] + ".lock", "w")
     except OSError:
         yield False
         return

@@ -92,17 +92,21 @@ def hardest(similarity, n_hard):
     similarity (N, K), n_hard <= K → (N, n_hard) row indices. The order is part of the result: draws pick
     positions in it, so it must not depend (but for ties) on how a device happens to select.
 
-    In two stages, which took half of topk's time on a CPU: the columns fall into groups of 8, and each of the n_hard
-    most similar lies in one of the n_hard groups with the largest maxima (any other group has n_hard larger values
-    before it).
+    In three stages, which took less than half of topk's time on a CPU: columns fall into groups of 4, and these into
+    groups of 4. The n_hard most similar columns lie in the n_hard groups with the largest maxima (any other group has
+    n_hard larger values before it), at each level.
     """
     N, K = similarity.shape
-    if K % 8 or 8 * n_hard >= K:
+    if K % 16 or 16 * n_hard >= K:
         return similarity.topk(n_hard, dim=1).indices
-    groups = similarity.view(N, 8, K // 8)  # group g: the columns g, g + K/8, ... g + 7K/8
-    best = groups.amax(dim=1).topk(n_hard, dim=1, sorted=False).indices  # (N, n_hard)
-    columns = torch.cat([best + i * (K // 8) for i in range(8)], dim=1)  # (N, 8 n_hard)
-    return columns.gather(1, similarity.gather(1, columns).topk(n_hard, dim=1).indices)
+    fours = similarity.unflatten(1, (4, K // 4)).amax(dim=1)  # group g: the columns g, g + K/4, ... g + 3K/4
+    sixteens = fours.unflatten(1, (4, K // 16)).amax(dim=1)
+    columns = sixteens.topk(n_hard, dim=1, sorted=False).indices  # (N, n_hard)
+    for level in (fours, similarity):
+        columns = torch.cat([columns + i * (level.shape[1] // 4) for i in range(4)], dim=1)  # (N, 4 n_hard)
+        best = level.gather(1, columns).topk(n_hard, dim=1, sorted=level is similarity).indices
+        columns = columns.gather(1, best)
+    return columns
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def test_gradient_types_equal_autograd_exactly(function, of_gradient, case):
     assert torch.equal(function(q, n, 0.01), by_autograd)
 
 
-@pytest.mark.parametrize("K, n_hard", [(50, 9), (50, 50), (64, 7), (64, 8), (64, 64), (4096, 1), (4096, 511)])
+@pytest.mark.parametrize("K, n_hard", [(50, 9), (50, 50), (64, 3), (64, 4), (64, 64), (4096, 1), (4096, 255)])
 def test_hardest_finds_the_most_similar_rows(K, n_hard):
     torch.manual_seed(1)
     for similarity in (
