@@ -7,6 +7,7 @@ import contextlib
 import copy
 import itertools
 import math
+import multiprocessing
 
 import torch
 from PIL import Image, ImageFilter
@@ -106,7 +107,7 @@ class Reader:
     def __init__(self, dataset, limit=0, known=()):
         self.dataset, self.limit = dataset, limit
         self.bad = torch.zeros(len(dataset) if limit else 0, dtype=torch.uint8).share_memory_()
-        self.found = torch.zeros(1, dtype=torch.long).share_memory_()  # moves with every bad image that is found
+        self.found = multiprocessing.Value("q", 0)  # bad images as they were found
         self.reading = torch.full((256,), -1, dtype=torch.long).share_memory_()  # by each worker
         self.told, self.known = 0, set()
         self.learn(known)
@@ -129,21 +130,22 @@ class Reader:
                     if not self.limit:
                         raise
                     self.bad[index] = 1
-                    self.found += 1
+                    with self.found.get_lock():
+                        self.found.value += 1
                     if self.bad.sum() > self.limit:
                         raise UserError(f"{error}; --skip-bad-images {self.limit} allows no more") from error
             index = (index + 1) % len(self.dataset)
 
     def news(self):
         """Whether a bad image has been found here since `exchange`."""
-        return self.found.item() != self.told
+        return self.found.value != self.told
 
     def exchange(self):
         """Tell all processes the bad images of each. Every process must call this, see `survival.Saves`.
 
         Raises UserError if they are too many together.
         """
-        self.told = self.found.item()
+        self.told = self.found.value
         found = set().union(*distributed.from_all(self.bad.nonzero().flatten().tolist()))
         for index in sorted(found - self.known):
             distributed.warn(f"{name_of(self.dataset, index)}: cannot be read; the next image takes its place")

@@ -134,10 +134,9 @@ class Saves:
         """
         rank = dist.get_rank() if self.group is not None else 0
         late = rank == 0 and bool(self.minutes) and time.monotonic() - self.saved_at >= 60 * self.minutes
-        word = torch.tensor([late, bool(_heard), news], dtype=torch.uint8)
-        if self.group is None:
-            said = word.tolist()
-        else:
+        said = [late, bool(_heard), news]
+        if self.group is not None:
+            word = torch.tensor(said, dtype=torch.uint8)
             said = self._wait()
             self.pending = word, dist.all_reduce(word, dist.ReduceOp.MAX, group=self.group, async_op=True)
             if at_once:

@@ -324,9 +324,9 @@ def test_a_limit_on_any_control_group_above_counts(tmp_path):
 def _free(rank):
     """The verdict where the first process has been told of more memory than the second."""
     datasets.free_memory = lambda: 10**9 if rank == 0 else 0
-    images = datasets.Images("x", ["c"], ["c/0"], [0], datasets._Files(ROOT / "tests", ["0"]))
+    read = datasets._Files(ROOT / "tests", ["0"], lambda path: Image.new("RGB", (2, 2), (1, 2, 3)))
+    images = datasets.Images("x", ["c"], ["c/0"], [0], read)
     datasets._size = lambda path: (2, 2)
-    datasets.read_image = lambda path: Image.new("RGB", (2, 2), (1, 2, 3))
     datasets.cache([images], 2)
     return np.asarray(images[0][0])[0, 0].tolist()
 

@@ -170,7 +170,8 @@ def test_a_scaled_loss_gives_the_same_training(data):
         batches = loader.train_loader(views, 8, process=Process(), workers=0, seed=3)
         classify.train(
             network, batches, torch.optim.SGD(network.parameters(), 0.1), 0,
-            process=Process(), seed=3, print_freq=10, report=lambda *_: None, precision=how,
+            process=Process(), seed=3, print_freq=10, averages=metrics.Averages(), precision=how,
+            report=lambda *_: None, check_finite=lambda *_: None, after_step=lambda *_: None,
         )  # fmt: skip
         weights.append(nn.utils.parameters_to_vector(network.parameters()).detach())
     assert torch.equal(*weights)
@@ -180,6 +181,25 @@ def scaling(scale):
     how = Precision(CPU)
     how.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     return how
+
+
+def test_an_overflow_is_left_out_and_no_end_of_them_is_an_error():
+    how, weight = scaling(1e-5), torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 0.1)
+    assert how.backward((weight * torch.tensor([3.0, 4.0])).sum(), optimizer, [weight], 1.0).item() == pytest.approx(5)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))  # unscaled, then clipped
+    how.step(optimizer)
+    before = weight.detach().clone()
+    for _ in range(4):  # each halves the scale
+        how.check()
+        optimizer.zero_grad()
+        assert how.backward((weight * torch.inf).sum(), optimizer, [weight]).item() == 0
+        how.step(optimizer)
+    assert torch.equal(weight, before)
+    with pytest.raises(FloatingPointError, match="--amp fp16: the gradient is not finite, even of a loss .* 6.25e-07"):
+        how.check()
+    norm = Precision(CPU).backward((weight * torch.inf).sum(), optimizer, [weight])
+    assert not norm.isfinite()  # in float32 it is an error, see `metrics.Finite`
 
 
 def test_the_scaler_goes_on_where_it_was():
