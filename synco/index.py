@@ -94,13 +94,15 @@ def scan(folder):
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
     if not classes:
-        raise UserError(f"{folder}: holds no class folders; it should hold CLASS/IMAGE")
+        raise UserError(f"{folder}: Couldn't find any class folder; it should hold CLASS/IMAGE")
     with ThreadPoolExecutor(16) as threads:  # while one waits for a network's disk, others ask on
         listed = list(threads.map(lambda name: _images(folder, name), classes))
     empty = [name for name, (files, _) in zip(classes, listed) if not files]
     if empty:
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-        raise UserError(f"{folder}: no images in {', '.join(empty[:3])}{more}; it should hold CLASS/IMAGE")
+        raise UserError(
+            f"{folder}: Found no valid file for the classes {', '.join(empty[:3])}{more}; it should hold CLASS/IMAGE"
+        )
     names = [os.fsencode(file) for files, _ in listed for file in files]
     index = Index(
         classes,

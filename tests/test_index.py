@@ -230,10 +230,12 @@ def test_folders_without_images_are_named(tmp_path):
         index.of(str(tmp_path / "none"))
     (tmp_path / "t").mkdir()
     touch(tmp_path / "t" / "1.jpg")
-    with pytest.raises(UserError, match="t: holds no class folders; it should hold CLASS/IMAGE"):
+    with pytest.raises(UserError, match="t: Couldn't find any class folder; it should hold CLASS/IMAGE"):
         index.of(str(tmp_path / "t"))
     touch(tmp_path / "t" / "full" / "1.jpg")
     for name in "abcde":
         touch(tmp_path / "t" / name / "1.txt")
-    with pytest.raises(UserError, match="t: no images in a, b, c and 2 more; it should hold CLASS/IMAGE"):
+    with pytest.raises(
+        UserError, match="t: Found no valid file for the classes a, b, c and 2 more; it should hold CLASS/IMAGE"
+    ):
         index.of(str(tmp_path / "t"))
