@@ -370,18 +370,29 @@ def parallel(module, device):
 
     Buffers are not sent around in each step: the queue is the same everywhere by construction, and BatchNorm's
     statistics are made equal where they are read, see `share_buffers`.
-    Of gradients that travel together the place of each decides in which order gloo sums it over three processes or
-    more, and DDP puts them together anew after its first step: on a CPU each travels by itself, so that a run which
-    goes on, whose first step is another one, rounds as one that never stopped.
     """
     if not dist.is_initialized():
         return module
     names = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # renamed in torch 2.15
-    alone = {"bucket_cap_mb": 1e-6} if device.type == "cpu" and world_size() > 2 else {}
-    return DistributedDataParallel(
-        module, device_ids=[device.index] if device.type == "cuda" else None, **{sync: False}, **alone
+    learner = DistributedDataParallel(
+        module, device_ids=[device.index] if device.type == "cuda" else None, **{sync: False}
     )
+    if device.type == "cpu" and world_size() > 2:
+        learner.register_comm_hook(None, _each_alone)
+    return learner
+
+
+def _each_alone(_, bucket):
+    """DDP's mean of gradients over the processes, each gradient by itself.
+
+    Of gradients in one buffer the place of each decides in which order gloo sums it over three processes or more, and
+    DDP puts them together anew after its first step. A run that goes on has another first step than one that never
+    stopped, and would round otherwise.
+    """
+    buffer = bucket.buffer().div_(world_size())
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(sums).then(lambda _: buffer)
 
 
 # --------------------------------------------------------------------------------------------- collectives
