@@ -146,6 +146,8 @@ def run(process, args):
         options.check_start(args)
     total = args.steps or args.epochs * steps
     changed = options.compare(before, args, path, UNRELATED)
+    if options.in_epochs(args.lr_warmup_epochs, steps) > total / steps:
+        distributed.warn(f"--lr-warmup-epochs {args.lr_warmup_epochs}: longer than the run, which never reaches --lr")
     model = make_model(args, precision, steps, total)
     optimizer = make_optimizer(args, model, device)
 
@@ -165,7 +167,9 @@ def run(process, args):
         describe(args, process, batch, steps, total, (start_epoch, start), path, before, changed)
     saved = None  # its memory
     log = metrics.Log(args.log_dir, steps_done=done, active=process.rank == 0)
-    best = max((line["top1"] for line in log.kept if line["kind"] == "knn" and line["epoch"]), default=-1.0)
+    kept = log.kept if os.path.exists(os.path.join(args.save_dir, BEST)) else []  # rank 0's; the others' is empty
+    best = max((line["top1"] for line in kept if line["kind"] == "knn" and line["epoch"]), default=-1.0)
+    best = distributed.from_rank_0(best)
 
     learner = distributed.parallel(model, device)
     saves = survival.Saves(args.save_steps, args.save_minutes, args.dist_timeout)

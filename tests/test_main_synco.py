@@ -403,6 +403,25 @@ def test_a_best_epoch_that_was_not_saved_is_evaluated_again(data, tmp_path, prog
     assert [line["epoch"] for line in log if line["kind"] == "knn"] == [0, 2]
 
 
+def test_processes_agree_on_the_best_epoch_of_a_resumed_run(data, tmp_path):
+    """Rank 0 alone has the log; a save that some take for due and others not would never end."""
+    flags = "--multiprocessing-distributed --nproc-per-node 2 --knn-freq 1 --save-best --bn-splits 1".split()
+    words = ["main_synco.py", *SMALL, *flags, "--resume", "auto", "--save-dir", tmp_path / "r", data]
+    done = command(*words, timeout=120)
+    assert done.returncode == 0, done.stderr
+    os.remove(tmp_path / "r" / "checkpoint_0001.pth.tar")
+    log = tmp_path / "r" / "log.jsonl"
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    for line in lines:
+        line |= {"top1": 101.0} if (line["kind"], line["epoch"]) == ("knn", 1) else {}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    best = tmp_path / "r" / main_synco.BEST
+    before = best.read_bytes()
+    again = command(*words, timeout=120)
+    assert again.returncode == 0 and "kNN after 2 epochs" in again.stdout, again.stderr
+    assert best.read_bytes() == before  # 101 was not to be beaten
+
+
 def test_clipping_bounds_the_gradient(data, tmp_path, program, monkeypatch):
     """The norm of what reaches the optimiser, computed anew."""
     norms, step = [], torch.optim.SGD.step
@@ -419,6 +438,13 @@ def test_clipping_bounds_the_gradient(data, tmp_path, program, monkeypatch):
     log = metrics.read_log(tmp_path / "1000000.0" / "log.jsonl")
     told = [line["grad_norm"] for line in log if line["kind"] == "train"]
     assert norms[:6] == pytest.approx([1e-3] * 6, rel=1e-2) and norms[6:] == pytest.approx(told, rel=1e-4)
+
+
+def test_a_warm_up_longer_than_the_run_is_said(data, tmp_path, program):
+    flags = ["--lr-warmup-epochs", "7s", "--save-dir", tmp_path / "r", data]  # the run takes six steps
+    status, _, err = program(*SMALL, *flags)
+    assert status == 0 and err.count("\n") == 1
+    assert "warning: --lr-warmup-epochs 7s: longer than the run, which never reaches --lr" in err
 
 
 def test_images_limited_and_cached(data, tmp_path, program):

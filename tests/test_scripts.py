@@ -245,8 +245,11 @@ def test_imagenette_with_other_flags(commands):
     assert (probe.epochs, probe.save_dir, probe.data) == (3, "my run/lincls", "data")
     assert probe.pretrained == "my run/checkpoint_0010.pth.tar"
     folder = ["--dataset", "imagefolder"]
-    (_, args), (_, probe) = commands("imagenette_resnext50", "data", *folder, "--", *folder)
-    assert (args.dataset, args.download, probe.dataset) == ("imagefolder", False, "imagefolder")
+    (_, args), (_, probe) = commands("imagenette_resnext50", "data", *folder, "-a", "resnet18", "--limit-images=99")
+    assert (args.dataset, args.download, args.arch, args.limit_images) == ("imagefolder", False, "resnet18", 99)
+    assert (probe.dataset, probe.arch, probe.limit_images, probe.epochs) == ("imagefolder", "resnet18", 99, 200)
+    _, (_, probe) = commands("imagenette_resnext50", "data", *folder, "--", "--dataset", "imagenette")
+    assert probe.dataset == "imagenette"
     (_, args), (_, probe) = commands("imagenette_resnext50", "data", "--", "--epochs", 4)
     assert (args.epochs, args.save_dir, probe.epochs) == (600, "runs/imagenette_resnext50", 4)
 
