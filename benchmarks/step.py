@@ -61,8 +61,7 @@ def make(kind, counts, precision, args):
     precision.place(model)
     if args.compile and kind is SynCo:
         compile_encoders(model, precision.device)
-    fused = True if precision.device.type == "cuda" else None
-    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=fused)
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=precision.fused)
     size = (args.batch_size, 3, args.img_size, args.img_size)
     im_q, im_k = (precision.place(torch.randn(size, device=precision.device)) for _ in range(2))
 
