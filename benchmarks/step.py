@@ -5,7 +5,8 @@
   python benchmarks/step.py -b 32 --amp off --json
 
 On a CPU the default is a ResNet-18 at 64 pixels and a batch of 32, in float32. The textbook's step is float32 in the
-usual layout, with the loss head of `textbook.py`, whatever the flags. The versions take turns; medians are compared.
+usual layout, with the loss head of `textbook.py`, whatever the flags, but for --tf32, which is the whole process's. The
+versions take turns; medians are compared.
 """
 
 import json
