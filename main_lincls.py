@@ -51,7 +51,11 @@ def run(process, args):
     network.eval().requires_grad_(False)  # for good: BatchNorm's running statistics are part of the backbone
     last_layer.requires_grad_(True)
     optimizer = torch.optim.SGD(
-        last_layer.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
+        last_layer.parameters(),
+        args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=trial.precision.fused,
     )
     trial.begin(optimizer)
     if args.evaluate:

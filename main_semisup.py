@@ -61,7 +61,9 @@ def run(process, args):
         backbone = [parameter for parameter in network.parameters() if id(parameter) not in inside]
         groups.append({"params": backbone, "lr": args.lr_backbone})
         trial.check_batch_norm()
-    optimizer = torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=trial.precision.fused
+    )
     trial.begin(optimizer)
     if args.evaluate:
         return trial.evaluate()

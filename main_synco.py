@@ -149,7 +149,7 @@ def run(process, args):
     if options.in_epochs(args.lr_warmup_epochs, steps) > total / steps:
         distributed.warn(f"--lr-warmup-epochs {args.lr_warmup_epochs}: longer than the run, which never reaches --lr")
     model = make_model(args, precision, steps, total)
-    optimizer = make_optimizer(args, model, device)
+    optimizer = make_optimizer(args, model, precision.fused)
 
     done, averages = args.start_epoch * steps, metrics.Averages()  # steps
     if saved:
@@ -350,12 +350,11 @@ def make_model(args, precision, steps, total):
     return model.train()
 
 
-def make_optimizer(args, model, device):
+def make_optimizer(args, model, fused):
     """SGD with MoCo's settings, or AdamW without decay on norms and biases, which have one dimension.
 
-    On a GPU fused: one kernel, which with fp16 also reads the scaler's verdict where the host else would.
+    fused: see `Precision.fused`.
     """
-    fused = True if device.type == "cuda" else None
     if args.optimizer == "adamw":
         weights = list(model.encoder_q.parameters())
         groups = [{"params": [w for w in weights if w.ndim > 1]}]

@@ -8,7 +8,6 @@ The versions take turns within each repetition, so that a noisy machine disturbs
 peak is that of the tensors which exist at one time from q to its gradient, but for q, k and the queue.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -25,7 +24,9 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks import textbook  # noqa: E402
+from synco import distributed  # noqa: E402
 from synco.builder import SynCo  # noqa: E402
+from synco.options import Parser, number  # noqa: E402
 
 
 class Peak(TorchDispatchMode):
@@ -48,14 +49,17 @@ class Peak(TorchDispatchMode):
         return result
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-n", type=int, default=32, help="queries (default: %(default)s)")
-    parser.add_argument("-k", type=int, default=65536, help="rows of the queue (default: %(default)s)")
-    parser.add_argument("-c", type=int, default=128, help="width of the embedding (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=15, help="repetitions (default: %(default)s)")
+def parse():
+    parser = Parser(__doc__)
+    parser.add_argument("-n", type=number(int, 1), default=32, help="queries")
+    parser.add_argument("-k", type=number(int, 1024), default=65536, help="rows of the queue, n_hard or more")
+    parser.add_argument("-c", type=number(int, 1), default=128, help="width of the embedding")
+    parser.add_argument("--repeat", type=number(int, 1), default=15, help="repetitions")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     torch.manual_seed(0)
@@ -111,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    distributed.command(main, parse)

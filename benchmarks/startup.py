@@ -23,7 +23,7 @@ from PIL import Image
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from synco import datasets, distributed, index, loader  # noqa: E402
-from synco.options import Parser, number  # noqa: E402
+from synco.options import Parser, UserError, number  # noqa: E402
 
 
 def parse():
@@ -36,7 +36,12 @@ def parse():
         "--where", default=None, metavar="FOLDER", help="where to make the folder (unset: the system's)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.files < args.classes:
+        raise UserError(f"--files {args.files} --classes {args.classes}: a class without files is none")
+    if args.where and not os.path.isdir(args.where):
+        raise UserError(f"--where {args.where}: no such folder")
+    return args
 
 
 def make(folder, files, classes):

@@ -5,7 +5,8 @@
   python benchmarks/step.py -b 32 --amp off --json
 
 On a CPU the default is a ResNet-18 at 64 pixels and a batch of 32, in float32. The textbook's step is float32 in the
-usual layout, with the loss head of `textbook.py`, whatever the flags. The versions take turns; medians are compared.
+usual layout, with the loss head of `textbook.py`, whatever the flags, but for --tf32, which is the whole process's. The
+versions take turns; medians are compared.
 """
 
 import json
@@ -61,8 +62,7 @@ def make(kind, counts, precision, args):
     precision.place(model)
     if args.compile and kind is SynCo:
         compile_encoders(model, precision.device)
-    fused = True if precision.device.type == "cuda" else None
-    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=fused)
+    optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=precision.fused)
     size = (args.batch_size, 3, args.img_size, args.img_size)
     im_q, im_k = (precision.place(torch.randn(size, device=precision.device)) for _ in range(2))
 

@@ -346,13 +346,14 @@ def load_optimizer(checkpoint, path, optimizer):
                     check_values({f"{name} {number}": tensor}, path)
                     if tensor.shape != parameters[number].shape:
                         raise ValueError(f"{name} {number} has the shape {tuple(tensor.shape)}")
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        groups = checkpoint["optimizer"]["param_groups"]
+        # put in before, since it depends on them where a state lies: a fused AdamW's counts of steps are on the device
+        groups = [group | setting for group, setting in zip(groups, settings, strict=True)]
+        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": groups})
     except UserError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({_first_line(error)})") from error
-    for group, setting in zip(optimizer.param_groups, settings):
-        group.update(setting)
 
 
 def differences(found, wanted):

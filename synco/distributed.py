@@ -421,10 +421,10 @@ def shuffle(x, permutation):
     places = permutation.view(W, B)
     sends = [row[row // B == r] - r * B for row in places]  # my rows that each process needs, in its order
     sources = places[r] // B
-    received = x.new_empty(x.shape)
+    received = x.new_empty(x.shape)  # contiguous, whatever the layout of x
     dist.all_to_all_single(
         received,
-        x[to_device(torch.cat(sends), x.device)],
+        x[to_device(torch.cat(sends), x.device)].contiguous(),  # what is sent is memory, in the order of `received`
         output_split_sizes=sources.bincount(minlength=W).tolist(),
         input_split_sizes=[len(rows) for rows in sends],
     )

@@ -29,6 +29,11 @@ class Precision:
         if tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
+    @property
+    def fused(self):
+        """For optimisers: one kernel on a GPU, which with fp16 reads the scaler's verdict where the host would."""
+        return True if self.device.type == "cuda" else None  # None: torch's choice
+
     def autocast(self):
         """Around the forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)

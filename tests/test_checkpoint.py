@@ -62,6 +62,21 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimizer_that_is_fused_reads_the_state_of_one_that_is_not(fused):
+    """A fused AdamW wants its counts of steps on the device and in float32, the other one leaves them as they are."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    saved = torch.optim.AdamW(weights[:1], 0.1, fused=not fused)
+    weights[0].sum().backward()
+    saved.step()
+    state = saved.state_dict()
+    state["state"][0]["step"] = state["state"][0]["step"].double()
+    optimizer = torch.optim.AdamW(weights[1:], 0.2, fused=fused)
+    checkpoint.load_optimizer({"optimizer": state}, "x", optimizer)
+    assert optimizer.state[weights[1]]["step"].dtype == (torch.float32 if fused else torch.float64)
+    assert (optimizer.param_groups[0]["fused"], optimizer.param_groups[0]["lr"]) == (fused, 0.2)
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("moco_queue", [True, False])
 def test_the_references_checkpoint_resumes_with_its_optimizer(published, tmp_path, prefix, moco_queue):

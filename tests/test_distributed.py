@@ -42,6 +42,9 @@ def _shuffle(rank, permutations, batch):
         back = torch.empty_like(gathered)
         back[permutation] = gathered
         assert torch.equal(back, everything)
+        images = everything.view(-1, 2, 1, 3).expand(-1, 2, 4, 3).to(memory_format=torch.channels_last)
+        shuffled = distributed.shuffle(images[rank * batch : (rank + 1) * batch], permutation)
+        assert torch.equal(shuffled, images[permutation[rank * batch : (rank + 1) * batch]])
     assert distributed.total(torch.tensor([rank + 1.0])).item() == W * (W + 1) / 2
     assert distributed.mean(torch.tensor([rank + 1.0])).item() == (W + 1) / 2
     return distributed.from_rank_0({"rank": rank})

@@ -181,6 +181,9 @@ def garbage(path):
         rewritten(lambda content: content.pop("mtimes")),
         rewritten(lambda content: content.update(format=0)),
         rewritten(lambda content: content.update(folder="/elsewhere")),
+        rewritten(lambda content: content["files"][:1].add_(1)),  # a sound index, but of no such files
+        rewritten(lambda content: content["classes"].__setitem__(0, "aa")),
+        rewritten(lambda content: content.pop("sum")),
         rewritten(lambda content: content["offsets"][3:].fill_(10**9)),
         rewritten(lambda content: content["offsets"][3].fill_(0)),
         rewritten(lambda content: content["starts"][-1:].add_(1)),

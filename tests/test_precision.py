@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, SMALL, command, make_images
+from conftest import ARCH, ROOT, SMALL, command, make_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from synco import checkpoint, classify, datasets, loader, metrics, precision
@@ -202,6 +202,28 @@ def test_an_overflow_is_left_out_and_no_end_of_them_is_an_error():
     assert not norm.isfinite()  # in float32 it is an error, see `metrics.Finite`
 
 
+@pytest.mark.parametrize(
+    "script, flags, file",
+    [
+        ("main_synco", SMALL, "checkpoint_0000"),
+        ("main_lincls", ["--pretrained", "random"], "checkpoint_lincls"),
+        (
+            "main_semisup",
+            ["--pretrained", "random", "--weights", "finetune", "--lr-backbone", 0.1],
+            "checkpoint_semisup",
+        ),
+    ],
+)
+def test_optimisers_are_fused_where_that_saves_a_read(programs, data, tmp_path, monkeypatch, script, flags, file):
+    """With fp16 an optimiser of several kernels has the host read in each step whether it is to be left out."""
+    monkeypatch.setattr(Precision, "fused", True)  # on a CPU, too
+    few = [*flags, "-a", ARCH, "--img-size", 32, "-j", 0, "-b", 8, "--epochs", 1]
+    status, _, err = programs(script, *few, "--save-dir", tmp_path / "run", data)
+    assert status == 0, err
+    saved = checkpoint.load(tmp_path / "run" / f"{file}.pth.tar")
+    assert all(group["fused"] is True for group in saved["optimizer"]["param_groups"])
+
+
 def test_the_scaler_goes_on_where_it_was():
     first, second = scaling(512.0), scaling(8.0)
     weight = torch.ones(1, requires_grad=True)
@@ -270,7 +292,9 @@ class Reads(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket in self.WAITING
+        indexed = function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+        masks = indexed and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        self.count += function.overloadpacket in self.WAITING or masks  # how many a mask chooses, the host asks
         return function(*args, **(kwargs or {}))
 
 
