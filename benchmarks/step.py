@@ -22,7 +22,7 @@ import torchvision
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks import textbook  # noqa: E402
-from synco import distributed, options  # noqa: E402
+from synco import distributed, metrics, options  # noqa: E402
 from synco.builder import SynCo, network_of  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
 from synco.precision import Precision, compile_encoders  # noqa: E402
@@ -63,6 +63,8 @@ def make(kind, counts, precision, args):
     if args.compile and kind is SynCo:
         compile_encoders(model, precision.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=precision.fused)
+    parameters = list(model.encoder_q.parameters())
+    averages, finite = metrics.Averages(), metrics.Finite(precision.device)
     size = (args.batch_size, 3, args.img_size, args.img_size)
     im_q, im_k = (precision.place(torch.randn(size, device=precision.device)) for _ in range(2))
 
@@ -72,9 +74,9 @@ def make(kind, counts, precision, args):
             logits, labels = model(im_q, im_k)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        precision.scaler.scale(loss).backward()
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+        bad = finite.watch(0, loss, precision.backward(loss, optimizer, parameters))
+        precision.step(optimizer)
+        averages.add(loss=loss, bad=bad, **metrics.contrastive_accuracy(logits, args.moco_k))
         if precision.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began

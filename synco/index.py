@@ -28,7 +28,9 @@ SETTLED = 2_000_000_000  # ns; a folder that changed this lately may change agai
 
 def cache_folder():
     """Where indices and downloaded lists are kept: $XDG_CACHE_HOME/synco, ~/.cache/synco unless that is set."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "synco")
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    # a relative one is to be passed over (XDG Base Directory Specification)
+    return os.path.join(folder if os.path.isabs(folder) else os.path.expanduser("~/.cache"), "synco")
 
 
 class Index(Sequence):
@@ -96,8 +98,11 @@ def scan(folder):
         raise UserError(f"{folder}: cannot be listed ({error.strerror})") from error
     if not classes:
         raise UserError(f"{folder}: Couldn't find any class folder; it should hold CLASS/IMAGE")
-    with ThreadPoolExecutor(16) as threads:  # while one waits for a network's disk, others ask on
-        listed = list(threads.map(lambda name: _images(folder, name), classes))
+    try:
+        with ThreadPoolExecutor(16) as threads:  # while one waits for a network's disk, others ask on
+            listed = list(threads.map(lambda name: _images(folder, name), classes))
+    except OSError as error:  # a folder that vanished meanwhile
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
     empty = [name for name, (files, _) in zip(classes, listed) if not files]
     if empty:
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
