@@ -599,7 +599,8 @@ def make_folders(*folders):
         while not os.path.lexists(there):
             there = os.path.dirname(there)
         try:
-            tempfile.TemporaryFile(dir=there).close()
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(bytes(1 << 16))  # a disk that is full lets files be made
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     for folder in folders:

@@ -412,6 +412,18 @@ def test_a_full_disk_does_not_end_a_run(calm, data, tmp_path, program, monkeypat
     assert status == 0 and interrupted.differences(calm, str(folder)) == [], err
 
 
+def test_a_disk_that_is_full_from_the_start_is_said_before_anything_is_written(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # files can be made, and hold next to nothing
+    try:
+        with pytest.raises(UserError, match="r: cannot be written "):
+            checkpoint.make_folders(str(tmp_path / "r"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_log_that_cannot_be_written_waits(tmp_path, capsys):
     log = metrics.Log(str(tmp_path))
     log.write("train", 1, loss=1.0)
