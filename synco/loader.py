@@ -5,9 +5,11 @@ Every draw is a function of (seed, epoch, image index), so neither the number of
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import multiprocessing
+import os
 
 import torch
 from PIL import Image, ImageFilter
@@ -313,7 +315,7 @@ def train_loader(dataset, batch_size, *, process, workers, seed, keep_last=False
         persistent_workers=workers > 0,
         pin_memory=process.device.type == "cuda",
         timeout=timeout if workers else 0,
-        worker_init_fn=survival.deaf,
+        worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
     )
 
 
@@ -333,5 +335,5 @@ def eval_loader(dataset, batch_size, *, process, workers, timeout=0):
         num_workers=workers,
         pin_memory=process.device.type == "cuda",
         timeout=timeout if workers else 0,
-        worker_init_fn=survival.deaf,
+        worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
     )

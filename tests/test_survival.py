@@ -256,6 +256,47 @@ def started(path, *flags):
     )  # fmt: skip
 
 
+ORPHAN = """
+import multiprocessing, os, sys, time
+import torch
+from synco import loader
+from synco.distributed import Process
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return index
+
+    def __setstate__(self, state):  # in a worker that is starting
+        os.write(1, f"{os.getpid()}\\n".encode())
+        time.sleep(2)
+
+    def __reduce__(self):
+        return Images, (), {"": 0}
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")  # what --multiprocessing-distributed leaves its processes with
+    list(loader.eval_loader(Images(), 2, process=Process(), workers=1))
+"""
+
+
+def test_a_worker_that_was_still_starting_ends_when_its_trainer_is_killed(tmp_path):
+    (tmp_path / "program.py").write_text(ORPHAN)
+    trainer = started(tmp_path / "program.py")
+    worker = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    until = time.monotonic() + 20
+    while worker in interrupted.left_behind(str(tmp_path), trainer.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    left = worker in interrupted.left_behind(str(tmp_path), trainer.pid)
+    if left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
+
+
 def test_processes_started_by_hand_name_the_one_that_has_gone(tmp_path):
     """No launcher tells them: rank 1 is killed, and the others are in a collective, and asleep."""
     from conftest import free_port
