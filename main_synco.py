@@ -139,13 +139,14 @@ def run(process, args):
     precision = Precision(device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
     batch = batch_of_each(args, process)
     datasets.fetch(args, process)
-    batches, monitor, classes = load_data(args, process, batch, checkpoint.skipped(saved, path))
+    batches, monitor, classes = load_data(args, process, batch)
     steps, reader = len(batches), batches.dataset.reader
     if args.steps:
         args.epochs = math.ceil(args.steps / steps)
         options.check_start(args)
     total = args.steps or args.epochs * steps
     changed = options.compare(before, args, path, UNRELATED)
+    reader.learn(checkpoint.skipped(saved, path, len(reader)))
     if options.in_epochs(args.lr_warmup_epochs, steps) > total / steps:
         distributed.warn(f"--lr-warmup-epochs {args.lr_warmup_epochs}: longer than the run, which never reaches --lr")
     model = make_model(args, precision, steps, total)
@@ -279,8 +280,8 @@ def batch_of_each(args, process):
     return batch
 
 
-def load_data(args, process, batch, skipped):
-    """(training batches, kNN's (bank, queries) or None, number of classes). skipped: numbers of bad images."""
+def load_data(args, process, batch):
+    """(training batches, kNN's (bank, queries) or None, number of classes)."""
     images = datasets.load(args, "pretrain")
     step = batch * process.world_size
     if len(images) < step:
@@ -292,7 +293,7 @@ def load_data(args, process, batch, skipped):
         bank, val = (datasets.load(args, "train") if args.dataset == "stl10" else images), datasets.load(args, "val")
         datasets.same_classes(bank, val, args.data)
     if args.cache_images:
-        datasets.cache([images, val] if args.knn_freq else [images], process.local_size)
+        datasets.cache([images, val] if args.knn_freq else [images], process.local_size, bool(args.skip_bad_images))
 
     load = {"process": process, "workers": loader.workers_each(args.workers, process.local_size)}
     load["timeout"] = args.worker_timeout
@@ -301,7 +302,7 @@ def load_data(args, process, batch, skipped):
     on_device = args.augment_on == "device"
     if on_device and process.device.type == "cpu":
         distributed.warn("--augment-on device is meant for GPUs, and this run is on the CPU, which it takes time from")
-    reader = loader.Reader(images.raw() if on_device else images, args.skip_bad_images, skipped)
+    reader = loader.Reader(images.raw() if on_device else images, args.skip_bad_images)
     pairs = loader.TwoCrops(reader, augment.Crop(view) if on_device else view, args.seed)
     batches = loader.train_loader(pairs, batch, seed=args.seed, **load)
     if on_device:

@@ -289,9 +289,10 @@ def position(checkpoint, path, steps):
     """How many steps a run has done, of `steps` an epoch; one that does not say stopped after a whole epoch, as MoCo's
     and SynCo's own do. Raises UserError if it makes no sense here."""
     epoch = checkpoint["epoch"]
-    if "steps_per_epoch" not in checkpoint:
-        return epoch * steps
-    step, per = checkpoint.get("step"), checkpoint["steps_per_epoch"]
+    step = checkpoint.get("step")
+    if "steps_per_epoch" not in checkpoint:  # the last epoch of ours may have been cut short
+        return step if isinstance(step, int) and (epoch - 1) * steps < step < epoch * steps else epoch * steps
+    per = checkpoint["steps_per_epoch"]
     if not all(isinstance(x, int) for x in (step, per)) or not (epoch - 1) * per < step <= (epoch + 1) * per:
         raise UserError(f"{path}: its step is {step!r} after {epoch!r} epochs of {per!r} steps")
     if step % per and per != steps:
@@ -308,10 +309,10 @@ def resume_averages(checkpoint, path, averages, process):
             raise UserError(f"{path}: its averages are {error}") from error
 
 
-def skipped(checkpoint, path):
-    """The numbers of the bad images that a run had replaced before; none without a checkpoint."""
+def skipped(checkpoint, path, count):
+    """The numbers of the bad images, of `count`, that a run had replaced before; none without a checkpoint."""
     found = checkpoint.get("skipped", []) if checkpoint else []
-    if not isinstance(found, list) or not all(isinstance(index, int) and index >= 0 for index in found):
+    if not isinstance(found, list) or not all(isinstance(index, int) and 0 <= index < count for index in found):
         raise UserError(f"{path}: its list of replaced images is none")
     return found
 
@@ -343,9 +344,9 @@ def load_optimizer(checkpoint, path, optimizer):
         for number, state in checkpoint["optimizer"]["state"].items():
             for name, tensor in state.items():
                 if isinstance(tensor, torch.Tensor) and tensor.dim():  # a tensor of one number is a count
-                    check_values({f"{name} {number}": tensor}, path)
                     if tensor.shape != parameters[number].shape:
                         raise ValueError(f"{name} {number} has the shape {tuple(tensor.shape)}")
+                    check_values({f"{name} {number}": tensor}, path)
         groups = checkpoint["optimizer"]["param_groups"]
         # put in before, since it depends on them where a state lies: a fused AdamW's counts of steps are on the device
         groups = [group | setting for group, setting in zip(groups, settings, strict=True)]
@@ -539,7 +540,7 @@ def resume_path(args, mine, own):
             "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
         )
     apart = os.path.realpath(args.log_dir) != os.path.realpath(args.save_dir)
-    if apart and not path and not args.overwrite and metrics.log_files(args.log_dir):
+    if apart and not path and not (args.overwrite or args.restarted) and metrics.log_files(args.log_dir):
         raise UserError(f"--log-dir {args.log_dir} holds the log of another run; give another, or --overwrite")
     return path
 
@@ -557,6 +558,10 @@ def prepare_folders(args, mine, own, fresh):
     """
     make_folders(args.save_dir, args.log_dir)
     lock(args)
+    if fresh and not args.overwrite and products(args.save_dir):  # since `resume_path` looked, when there was no lock
+        raise UserError(
+            f"--save-dir {args.save_dir}: another run has used it meanwhile; give another, or --resume auto"
+        )
     for pattern in ("checkpoint_*.pth.tar", "model_best_*.pth.tar"):  # what killed writes have left: the lock is ours
         for left in glob.glob(os.path.join(glob.escape(args.save_dir), f"{pattern}.????????.tmp")):
             os.remove(left)
@@ -595,7 +600,8 @@ def make_folders(*folders):
         while not os.path.lexists(there):
             there = os.path.dirname(there)
         try:
-            tempfile.TemporaryFile(dir=there).close()
+            with tempfile.TemporaryFile(dir=there) as file:
+                file.write(bytes(1 << 16))  # a disk that is full lets files be made
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     for folder in folders:

@@ -106,10 +106,12 @@ class _Arrays:
 class _Cached:
     """Reads images from one tensor that holds their pixels: worker processes share it without a copy."""
 
-    def __init__(self, pixels, starts, sizes):
-        self.pixels, self.starts, self.sizes = pixels, starts, sizes
+    def __init__(self, pixels, starts, sizes, errors):
+        self.pixels, self.starts, self.sizes, self.errors = pixels, starts, sizes, errors
 
     def __call__(self, number):
+        if number in self.errors:
+            raise UserError(self.errors[number])
         width, height = self.sizes[number].tolist()
         start = self.starts[number]
         return Image.fromarray(self.pixels[start : start + 3 * width * height].view(height, width, 3).numpy())
@@ -282,17 +284,27 @@ def _in_turn(images, purpose):
 # ------------------------------------------------------------------------------------------------------ in memory
 
 
-def cache(splits, local_size):
+def cache(splits, local_size, tolerant=False):
     """Keep the decoded pixels of these `Images` in memory, one copy for each of a node's processes.
 
+    tolerant: an image that cannot be read is no error before it is asked for.
     Says how much that is. Raises UserError, before it reads them, if more than nine tenths of the free memory.
     """
+
+    def size_of(path):
+        try:
+            return _size(path)
+        except UserError:
+            if not tolerant:
+                raise
+            return 0, 0
+
     splits = [images for images in splits if isinstance(images._read, _Files)]
     if not splits:
         distributed.say(f"{'cached images':18} all, as this data set always is")
         return
     with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:  # PIL decodes without Python's lock
-        sizes = [np.array(list(pool.map(_size, map(images.file, range(len(images)))))) for images in splits]
+        sizes = [np.array(list(pool.map(size_of, map(images.file, range(len(images)))))) for images in splits]
         needed = sum(3 * int(size.prod(axis=1).sum()) for size in sizes)
         free = distributed.from_rank_0(free_memory())  # one verdict, from before any process has filled its own
         each = f", {local_size} times on this node" if local_size > 1 else ""
@@ -305,14 +317,20 @@ def cache(splits, local_size):
         for images, size in zip(splits, sizes):
             ends = np.cumsum(3 * size.prod(axis=1))
             starts = ends - 3 * size.prod(axis=1)
-            pixels = torch.empty(int(ends[-1]), dtype=torch.uint8)
+            pixels, errors = torch.empty(int(ends[-1]), dtype=torch.uint8), {}
 
-            def decode(position, images=images, pixels=pixels, starts=starts, ends=ends):
-                found = np.asarray(images.image(position))
+            def decode(position, images=images, pixels=pixels, starts=starts, ends=ends, errors=errors):
+                try:
+                    found = np.asarray(images.image(position))
+                except UserError as error:
+                    if not tolerant:
+                        raise
+                    errors[position] = str(error)
+                    return
                 pixels[starts[position] : ends[position]] = torch.from_numpy(found.reshape(-1).copy())
 
             list(pool.map(decode, range(len(images))))
-            images._read, images._numbers = _Cached(pixels, starts, size), range(len(images))
+            images._read, images._numbers = _Cached(pixels, starts, size, errors), range(len(images))
 
 
 def _size(path):

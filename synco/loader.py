@@ -5,9 +5,11 @@ Every draw is a function of (seed, epoch, image index), so neither the number of
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import multiprocessing
+import os
 
 import torch
 from PIL import Image, ImageFilter
@@ -100,17 +102,15 @@ class Reader:
 
     An image that cannot be read is replaced by the next one that can, so the replacement depends on the image alone.
     More than `limit` such images end the run. What the loading workers find out lies in memory shared with them.
-    dataset: items (image, label), reading item i raises UserError if that file is bad; known: the numbers of images
-    that were found to be bad before.
+    dataset: items (image, label), reading item i raises UserError if that file is bad.
     """
 
-    def __init__(self, dataset, limit=0, known=()):
+    def __init__(self, dataset, limit=0):
         self.dataset, self.limit = dataset, limit
         self.bad = torch.zeros(len(dataset) if limit else 0, dtype=torch.uint8).share_memory_()
         self.found = multiprocessing.Value("q", 0)  # bad images as they were found
         self.reading = torch.full((256,), -1, dtype=torch.long).share_memory_()  # by each worker
         self.told, self.known = 0, set()
-        self.learn(known)
 
     def __len__(self):
         return len(self.dataset)
@@ -132,7 +132,7 @@ class Reader:
                     self.bad[index] = 1
                     with self.found.get_lock():
                         self.found.value += 1
-                    if self.bad.sum() > self.limit:
+                    if self._too_many(self.bad.sum()):
                         raise UserError(f"{error}; --skip-bad-images {self.limit} allows no more") from error
             index = (index + 1) % len(self.dataset)
 
@@ -150,18 +150,24 @@ class Reader:
         for index in sorted(found - self.known):
             distributed.warn(f"{name_of(self.dataset, index)}: cannot be read; the next image takes its place")
         self.learn(found)
-        if len(self.known) > self.limit:
-            names = ", ".join(name_of(self.dataset, index) for index in sorted(self.known)[:3])
-            raise UserError(f"{len(self.known)} images cannot be read, such as {names}; --skip-bad-images {self.limit}")
 
     def learn(self, found):
-        """Take these numbers for those of bad images."""
+        """Take these numbers for those of bad images. Raises UserError if they are too many."""
         self.known |= set(found)
-        if self.known and self.limit:
+        if self._too_many(len(self.known)):
+            names = ", ".join(name_of(self.dataset, index) for index in sorted(self.known)[:3])
+            raise UserError(f"{len(self.known)} images cannot be read, such as {names}; --skip-bad-images {self.limit}")
+        if self.known:
             self.bad[list(self.known)] = 1
 
+    def _too_many(self, count):
+        """Whether so many bad images end the run: more than `limit`, or all there are."""
+        return count > self.limit or count >= len(self.dataset)
+
     def tell(self):
-        """Say which images were replaced, if any."""
+        """Say which images were replaced, if any. Every process must call this."""
+        if self.limit:
+            self.exchange()  # what was found in the last step, or by an evaluation after it
         if self.known:
             names = ", ".join(name_of(self.dataset, index) for index in sorted(self.known))
             distributed.say(f"{len(self.known)} images could not be read and were replaced: {names}")
@@ -309,7 +315,7 @@ def train_loader(dataset, batch_size, *, process, workers, seed, keep_last=False
         persistent_workers=workers > 0,
         pin_memory=process.device.type == "cuda",
         timeout=timeout if workers else 0,
-        worker_init_fn=survival.deaf,
+        worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
     )
 
 
@@ -329,5 +335,5 @@ def eval_loader(dataset, batch_size, *, process, workers, timeout=0):
         num_workers=workers,
         pin_memory=process.device.type == "cuda",
         timeout=timeout if workers else 0,
-        worker_init_fn=survival.deaf,
+        worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
     )

@@ -48,8 +48,9 @@ class Averages:
         """Go on from a `state`; of another number of processes each takes their mean. Raises ValueError."""
         try:
             names, sums, steps = state["names"], state["sums"], state["steps"]
-            fits = sums.shape[1] == len(names) and sums.is_floating_point() and sums.isfinite().all()
-            if not fits or not isinstance(steps, int) or not all(isinstance(name, str) for name in names):
+            fits = sums.ndim == 2 and sums.shape[1] == len(names) and sums.is_floating_point() and sums.is_contiguous()
+            fits = fits and bool(sums.isfinite().all()) and all(isinstance(name, str) for name in names)
+            if not fits or not isinstance(steps, int) or steps < 0:
                 raise ValueError("not the averages of a run")
             mine = sums[rank] if len(sums) == processes else sums.mean(dim=0)
         except (TypeError, LookupError, AttributeError) as error:
@@ -231,6 +232,8 @@ class Log:
     def sync(self):
         """Flush the lines to disk: called before a checkpoint, whose run takes them for written."""
         if self.active:
+            if self.waiting:
+                self._write_waiting()
             with contextlib.suppress(OSError):
                 os.fsync(self.lines.fileno())
 

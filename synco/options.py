@@ -54,7 +54,11 @@ def compare(before, args, path, unrelated=UNRELATED):
     differs and may not.
     """
     now = {name: value for name, value in vars(args).items() if name in before and name not in unrelated}
-    differ = {name: f"{name} {before[name]} → {value}" for name, value in now.items() if before[name] != value}
+    differ = {
+        name: f"{name} {before[name]} → {value}"
+        for name, value in now.items()
+        if not isinstance(before[name], (type(value), int, float)) or before[name] != value  # a file may hold anything
+    }
     allowed = [name for name in differ if name in FORCED]
     if len(allowed) == len(differ) and args.force_resume:
         return list(differ.values())

@@ -92,10 +92,16 @@ def _mask(how):
         signal.pthread_sigmask(how, WARNINGS)
 
 
-def deaf(_worker=None):
-    """Ignore warnings: a loading worker's part, since a scheduler warns every process and the trainer needs it yet."""
+def worker_of(trainer, _worker=None):
+    """What a loading worker of the process `trainer` begins with.
+
+    It ignores warnings, since a scheduler warns every process and the trainer needs it yet. It ends if the trainer has
+    gone while it started: torch's worker then takes whoever has inherited it for the trainer, and never ends.
+    """
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)
+    if os.getppid() != trainer:
+        os._exit(1)
 
 
 # ------------------------------------------------------------------------------------- one decision for all

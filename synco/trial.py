@@ -68,7 +68,7 @@ class Trial:
         self.batch = loader.batch_each(args.batch_size, process.local_size)
         args.processes, args.global_batch = process.world_size, self.batch * process.world_size
         self.start_epoch, self.start, self.best, self.last = args.start_epoch, 0, None, None
-        self.averages = metrics.Averages()
+        self.averages, self.reader = metrics.Averages(), None
         self.validation_seconds = 0.0
 
     def _file(self, name):
@@ -120,8 +120,8 @@ class Trial:
             if args.eval_train:
                 shown["train"] = train
             if args.cache_images:
-                datasets.cache([train, val], process.local_size)
-            self.reader = loader.Reader(train, args.skip_bad_images, checkpoint.skipped(self.saved, self.path))
+                datasets.cache([train, val], process.local_size, bool(args.skip_bad_images))
+            self.reader = loader.Reader(train, args.skip_bad_images)
             view = loader.classifier_augmentation(args.img_size, args.stats)
             views = loader.Augmented(self.reader, view, args.seed)
             self.batches = loader.train_loader(views, self.batch, seed=args.seed, keep_last=True, **load)
@@ -194,6 +194,8 @@ class Trial:
             self._load_classifier()
             if not args.evaluate:
                 changed = self._resume(optimizer)
+            if self.reader:
+                self.reader.learn(checkpoint.skipped(self.saved, self.path, len(self.reader)))
         self.frozen = {} if tuned or args.evaluate else frozen_weights(self.network, self.head)
         for name in self.frozen.keys() & self.loaded.keys():  # what the file says, and not what was made of it
             self.frozen[name] = self.loaded[name].to(self.frozen[name])
@@ -393,7 +395,9 @@ class Trial:
         done, args = epoch + 1, self.args
         results = self._validate()
         for name, (numbers, _) in results.items():
-            self.log.write(name if name == "val" else "eval_train", done * self.steps, epoch=done, **numbers)
+            kind = name if name == "val" else "eval_train"
+            if not self.log.holds(kind, done):  # written before the run was killed, and not yet in a checkpoint
+                self.log.write(kind, done * self.steps, epoch=done, **numbers)
         self.last = summary(results, done)
         better = self.best is None or self.last["top1"] > self.best["top1"]
         if better:
@@ -458,6 +462,8 @@ class Trial:
         if self.process.rank == 0:
             found = summary(results, self.saved.get("epoch"))
             self._write_results(found, self.path, checkpoint.sha256(self.path), results["val"][1])
+        if self.reader:
+            self.reader.tell()
         say(f"{describe(results)}. {self._file('result.json')}")
 
     def _write_results(self, result, path, digest, confusion=None):

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, starved and lied to: how they end, beside runs that nobody disturbed."""
 
+import argparse
 import errno
 import json
 import os
@@ -108,6 +109,27 @@ def test_a_trial_stops_and_goes_on(data, pretrained, tmp_path, programs, signal_
     for result in ("result.json", "per_class.csv"):
         calm, again = ((tmp_path / place / result).read_text() for place in ("calm", "r"))
         assert re.sub('"command".*', "", calm) == re.sub('"command".*', "", again)
+
+
+@pytest.mark.parametrize("cut", ["model_best_lincls", "checkpoint_lincls"])
+def test_a_validation_is_logged_once_wherever_the_trial_was_cut(data, pretrained, tmp_path, programs, monkeypatch, cut):
+    """Saved within the epoch after its last step; ended when validation is logged and that name is to be written."""
+    flags = [*PROBE, "--save-steps", 6, "--pretrained", pretrained, "--resume", "auto", data, "--save-dir"]
+    assert programs("main_lincls", *flags, tmp_path / "calm")[0] == 0
+    with monkeypatch.context() as patch:
+        save = checkpoint.save
+
+        def ending(content, path):
+            if os.path.basename(path) == f"{cut}.pth.tar":
+                raise KeyboardInterrupt
+            save(content, path)
+
+        patch.setattr(checkpoint, "save", ending)
+        assert programs("main_lincls", *flags, tmp_path / "r")[0] == 130
+    assert [x["kind"] for x in metrics.read_log(tmp_path / "r" / "log.jsonl")][-1] == "val"
+    status, out, err = programs("main_lincls", *flags, tmp_path / "r")
+    assert status == 0 and "0 epochs and 6 steps of the next done" in out, err
+    assert interrupted.differences(str(tmp_path / "calm"), str(tmp_path / "r")) == []
 
 
 def test_saves_by_steps_and_by_time(data, tmp_path, program, monkeypatch):
@@ -232,6 +254,47 @@ def started(path, *flags):
         [sys.executable, str(path), *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
     )  # fmt: skip
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+import torch
+from synco import loader
+from synco.distributed import Process
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return index
+
+    def __setstate__(self, state):  # in a worker that is starting
+        os.write(1, f"{os.getpid()}\\n".encode())
+        time.sleep(2)
+
+    def __reduce__(self):
+        return Images, (), {"": 0}
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")  # what --multiprocessing-distributed leaves its processes with
+    list(loader.eval_loader(Images(), 2, process=Process(), workers=1))
+"""
+
+
+def test_a_worker_that_was_still_starting_ends_when_its_trainer_is_killed(tmp_path):
+    (tmp_path / "program.py").write_text(ORPHAN)
+    trainer = started(tmp_path / "program.py")
+    worker = int(trainer.stdout.readline())
+    trainer.kill()
+    trainer.wait()
+    until = time.monotonic() + 20
+    while worker in interrupted.left_behind(str(tmp_path), trainer.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    left = worker in interrupted.left_behind(str(tmp_path), trainer.pid)
+    if left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
 
 
 def test_processes_started_by_hand_name_the_one_that_has_gone(tmp_path):
@@ -390,6 +453,18 @@ def test_a_full_disk_does_not_end_a_run(calm, data, tmp_path, program, monkeypat
     assert status == 0 and interrupted.differences(calm, str(folder)) == [], err
 
 
+def test_a_disk_that_is_full_from_the_start_is_said_before_anything_is_written(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # files can be made, and hold next to nothing
+    try:
+        with pytest.raises(UserError, match="r: cannot be written "):
+            checkpoint.make_folders(str(tmp_path / "r"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_log_that_cannot_be_written_waits(tmp_path, capsys):
     log = metrics.Log(str(tmp_path))
     log.write("train", 1, loss=1.0)
@@ -407,6 +482,8 @@ def test_a_log_that_cannot_be_written_waits(tmp_path, capsys):
     log.write("train", 2, loss=2.0)
     assert wrote == [10] and "log.jsonl: cannot be written (No space left on device)" in capsys.readouterr().err
     log.lines = file
+    log.sync()  # there is room again when a checkpoint is written: what it takes for written is
+    assert [line["step"] for line in metrics.read_log(tmp_path / "log.jsonl")] == [1, 2]
     log.write("train", 3, loss=3.0)
     log.close()
     assert [line["step"] for line in metrics.read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
@@ -444,6 +521,9 @@ def test_nothing_that_is_not_finite_replaces_a_checkpoint(tmp_path):
 
 HOSTILE = {
     "its optimizer state does not fit": lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.ones(2)),
+    "its optimizer state does not fit (momentum_buffer 1 has": lambda c: c["optimizer"]["state"][1].update(
+        momentum_buffer=torch.ones(1).expand(10**6, 10**6)
+    ),
     "momentum_buffer 0 holds values that are not finite": lambda c: c["optimizer"]["state"][0]["momentum_buffer"].fill_(
         float("nan")
     ),
@@ -456,6 +536,7 @@ HOSTILE = {
     "was stopped within an epoch of 4 steps; here an epoch has 3": lambda c: c.update(step=5, steps_per_epoch=4),
     "its averages are not the averages of a run": lambda c: c.update(averages={"names": ["a"], "sums": 3, "steps": 1}),
     "its list of replaced images is none": lambda c: c.update(skipped=[-1]),
+    "is of a run with other settings: moco_k tensor": lambda c: c["config"].update(moco_k=torch.ones(2)),
     # one number that pretends to be a tensor of 4 TB
     "of another shape: queue": lambda c: c["state_dict"].update({"module.queue": torch.ones(1).expand(10**6, 10**6)}),
 }
@@ -523,6 +604,42 @@ def test_another_number_of_processes_goes_on_with_the_images_that_are_left(place
     assert status == 2 and "global_batch 8 → 4" in err
 
 
+def settings(folder, **more):
+    given = {"save_dir": str(folder), "log_dir": str(folder), "resume": "", "overwrite": False, "restarted": False}
+    return argparse.Namespace(**given | more)
+
+
+def test_a_run_that_came_first_meanwhile_is_not_written_over(tmp_path):
+    """Both found the folder empty; the other had it while this one waited."""
+    args = settings(tmp_path / "r")
+    assert checkpoint.resume_path(args, [], []) is None
+    (tmp_path / "r").mkdir()
+    for name in ("checkpoint_0000.pth.tar", "log.jsonl"):
+        (tmp_path / "r" / name).write_text("the other's")
+    with pytest.raises(UserError, match="r: another run has used it meanwhile"):
+        checkpoint.prepare_folders(args, [], [], fresh=True)
+    survival.unlock()
+    assert sorted(os.listdir(tmp_path / "r")) == ["checkpoint_0000.pth.tar", "log.jsonl"]
+
+
+def test_a_run_restarted_before_its_first_checkpoint_takes_its_own_log_for_its_own(tmp_path):
+    args = settings(tmp_path / "r", log_dir=str(tmp_path / "log"))
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.jsonl").write_text("")
+    with pytest.raises(UserError, match="log holds the log of another run"):
+        checkpoint.resume_path(args, [], [])
+    args.restarted = True
+    assert checkpoint.resume_path(args, [], []) is None
+
+
+def test_where_checkpoints_of_before_stopped():
+    """They tell the steps, and not those of an epoch; with --steps the last epoch was cut short."""
+    found = [
+        checkpoint.position({"epoch": 4, **more}, "x", 3) for more in ({"step": 10}, {"step": 12}, {}, {"step": "a"})
+    ]
+    assert found == [10, 12, 12, 12]
+
+
 HOLDER = """
 import sys, time
 from synco import survival
@@ -571,20 +688,22 @@ def test_the_first_bad_step_and_its_images_are_named(data, tmp_path, program, mo
 
 
 def spoiled(data, folder, names):
+    """The data with these images torn: the first before its end, the others within their header."""
     shutil.copytree(data, folder)
     for name in names:
-        (folder / "train" / name).write_bytes(b"\xff\xd8\xff torn")
+        content = (folder / "train" / name).read_bytes()
+        (folder / "train" / name).write_bytes(content[: -len(content) // 8] if name == names[0] else content[:20])
     return folder
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_replaced_by_the_next_and_listed(data, tmp_path, program, workers):
+@pytest.mark.parametrize("reading", ["-j 0", "-j 2", "-j 1 --cache-images", "-j 1 --augment-on device"])
+def test_bad_images_are_replaced_by_the_next_and_listed(data, tmp_path, program, reading):
     bad = spoiled(data, tmp_path / "bad", ["c0/3.jpg", "c0/4.jpg", "c2/7.jpg"])
     mended = tmp_path / "mended"  # the same, with copies of what takes their place
     shutil.copytree(data, mended)
     for name, other in (("c0/3.jpg", "c0/5.jpg"), ("c0/4.jpg", "c0/5.jpg"), ("c2/7.jpg", "c0/0.jpg")):
         shutil.copy(mended / "train" / other, mended / "train" / name)
-    flags = [*SMALL, "-j", workers, "--knn-freq", 2, "--save-dir"]
+    flags = [*SMALL, *reading.split(), "--knn-freq", 2, "--save-dir"]
     status, out, err = program(*flags, tmp_path / "a", "--skip-bad-images", 3, bad)
     assert status == 0 and err.count("cannot be read; the next image takes its place") == 3, err
     listed = out.splitlines()[-2]
@@ -606,7 +725,36 @@ def test_replaced_images_are_known_to_a_run_that_goes_on(data, tmp_path, program
     assert status == 0 and "1 images could not be read and were replaced: " in out and err == ""
 
 
-def _exchange(rank, folder):
+def test_replaced_images_of_other_data_are_no_traceback(data, tmp_path, program):
+    bad = spoiled(data, tmp_path / "bad", ["c2/7.jpg"])
+    flags = [*SMALL, "--epochs", 1, "--save-dir", tmp_path / "r"]
+    assert program(*flags, "--skip-bad-images", 1, bad)[0] == 0
+    path = tmp_path / "r" / "checkpoint_0000.pth.tar"
+    (bad / "train" / "c2" / "7.jpg").unlink()
+    (bad / "train" / "c2" / "6.jpg").unlink()
+    status, _, err = program(*flags, "--skip-bad-images", 1, "--resume", path, bad)
+    assert status == 2 and err.count("\n") == 1 and "train_images 24 → 22" in err
+    content = torch.load(path, weights_only=True)
+    content["skipped"] = [24]
+    torch.save(content, path)
+    status, _, err = program(*flags, "--skip-bad-images", 1, "--resume", path, data)
+    assert status == 2 and err.endswith("checkpoint_0000.pth.tar: its list of replaced images is none\n")
+    content["skipped"] = [3, 4]
+    torch.save(content, path)
+    status, _, err = program(*flags, "--skip-bad-images", 1, "--resume", path, data)
+    assert status == 2 and "2 images cannot be read, such as " in err and err.endswith("; --skip-bad-images 1\n")
+
+
+def test_a_data_set_without_any_good_image_ends_however_many_are_allowed(data, tmp_path):
+    from synco import datasets
+
+    names = [f"c{c}/{i}.jpg" for c in range(3) for i in range(8)]
+    images = datasets.image_folder(spoiled(data, tmp_path / "bad", names), "train")
+    with pytest.raises(UserError, match="c0/4.jpg: cannot be read .*; --skip-bad-images 99 allows no more"):
+        loader.Reader(images, limit=99).read(5)
+
+
+def _exchange(rank, folder, at_end):
     from synco import datasets
 
     images = datasets.image_folder(folder, "train")
@@ -615,17 +763,18 @@ def _exchange(rank, folder):
         reader.read(index)
     told = reader.news()
     try:
-        reader.exchange()
+        (reader.tell if at_end else reader.exchange)()
     except UserError as error:
         return told, sorted(reader.known), str(error)
     return told, sorted(reader.known), reader.news()
 
 
-def test_all_processes_count_bad_images_together(data, tmp_path):
+@pytest.mark.parametrize("at_end", [False, True])
+def test_all_processes_count_bad_images_together(data, tmp_path, at_end):
     two = spoiled(data, tmp_path / "two", ["c0/4.jpg", "c2/4.jpg"])
-    assert processes(2, _exchange, str(two)) == [(True, [4, 20], False)] * 2
+    assert processes(2, _exchange, str(two), at_end) == [(True, [4, 20], False)] * 2
     three = spoiled(data, tmp_path / "three", ["c0/3.jpg", "c0/4.jpg", "c2/4.jpg"])
-    for told, known, message in processes(2, _exchange, str(three)):
+    for told, known, message in processes(2, _exchange, str(three), at_end):
         assert told and known == [3, 4, 20] and message.startswith("3 images cannot be read, such as ")
 
 
@@ -707,6 +856,15 @@ def test_averages_go_on_where_they_were():
                 averages.add(**dict(zip("abc", values[rank, step] if count == 2 else values[:, step].mean(dim=0))))
             found.append([averages.sums[name] / averages.steps for name in "abc"])
         torch.testing.assert_close(torch.tensor(found).mean(dim=0), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "sums, steps",
+    [(torch.ones(1, 1).expand(10**13, 1), 1), (torch.ones(1, 1, 4), 1), (torch.ones(1, 1), -1), (torch.ones(1), 1)],
+)
+def test_averages_of_no_run_are_refused(sums, steps):
+    with pytest.raises(ValueError, match="not the averages of a run"):
+        metrics.Averages().restore({"names": ["loss"], "sums": sums, "steps": steps}, 0, 1, "cpu")
 
 
 def test_ranks_are_told_in_words():
