@@ -226,11 +226,13 @@ class Guard(threading.Thread):
     def _end(self, line):
         if self.ended.is_set():
             return
-        if line:
-            self.report(line)
-        end_workers()
-        sys.stdout.flush()
-        os._exit(1)
+        try:
+            if line:
+                self.report(line)
+            end_workers()
+            sys.stdout.flush()
+        finally:  # whatever fails: who read stdout and stderr may have gone with the launcher
+            os._exit(1)
 
     def settle(self, failures):
         """After a collective has failed: wait until the guard ends this process, because another one has gone.

@@ -297,6 +297,26 @@ def test_a_worker_that_was_still_starting_ends_when_its_trainer_is_killed(tmp_pa
     assert not left
 
 
+ORPHANED = """
+import os, time
+from synco import distributed, survival
+guard = survival.Guard(distributed.Process(), None, True, 40, distributed._report)
+guard.parent = -1  # another one than it has now
+print("waiting", flush=True)
+guard.start()
+time.sleep(20)
+os._exit(0)
+"""
+
+
+def test_a_process_ends_that_cannot_even_say_that_its_launcher_has_gone():
+    """Who read its output has gone as well, so that the line it prints is an error."""
+    process = started("-c", ORPHANED)
+    assert process.stdout.readline() == "waiting\n"
+    process.stderr.close()
+    assert process.wait(60) == 1
+
+
 def test_processes_started_by_hand_name_the_one_that_has_gone(tmp_path):
     """No launcher tells them: rank 1 is killed, and the others are in a collective, and asleep."""
     from conftest import free_port
