@@ -45,7 +45,7 @@ def parse():
 
 
 def make(folder, files, classes):
-    """folder/nXXXXXXXX/nXXXXXXXX_N.JPEG, of one age that is long past."""
+    """Files like folder/n00000007/n00000007_3.JPEG, of one age that is long past."""
     each, more = divmod(files, classes)
     for c in range(classes):
         name = f"n{c:08}"

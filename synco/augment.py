@@ -124,6 +124,7 @@ class _Sometimes:
         self.step, self.p, self.neutral = step, p, step.neutral
 
     def draw(self):
+        """The step's parameters, or its neutral ones."""
         return self.neutral if self.p < torch.rand(1) else self.step.draw()
 
     def __call__(self, x, parameters):
@@ -140,6 +141,7 @@ class Jitter:
         self.jitter = jitter
 
     def draw(self):
+        """Four factors, then the order of the four parts: eight numbers."""
         j = self.jitter
         order, *drawn = j.get_params(j.brightness, j.contrast, j.saturation, j.hue)
         return [kept if new is None else new for kept, new in zip(self.neutral, drawn)] + order.tolist()
@@ -163,6 +165,7 @@ class Grayscale:
         self.p = grayscale.p
 
     def draw(self):
+        """1 with probability p, else 0."""
         return (float(torch.rand(1) < self.p),)
 
     def __call__(self, x, parameters):
@@ -179,6 +182,7 @@ class Blur:
         self.low, self.high = blur.low, blur.high
 
     def draw(self):
+        """A standard deviation from the range, uniformly."""
         return (torch.empty(1).uniform_(self.low, self.high).item(),)
 
     def __call__(self, x, parameters):
@@ -195,6 +199,7 @@ class Flip:
         self.p = flip.p
 
     def draw(self):
+        """1 with probability p, else 0."""
         return (float(torch.rand(1) < self.p),)
 
     def __call__(self, x, parameters):
@@ -210,6 +215,7 @@ class Normalize:
         self.mean, self.std = (torch.as_tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
 
     def draw(self):
+        """Nothing: there is nothing to draw."""
         return ()
 
     def __call__(self, x, parameters):

@@ -87,6 +87,7 @@ class _Files:
         self.folder, self.names, self.read = folder, names, read
 
     def path(self, number):
+        """The file of image `number`."""
         return os.path.join(self.folder, self.names[number])
 
     def __call__(self, number):
