@@ -211,7 +211,8 @@ def run(process, args):
             problem = checkpoint.try_to_save(content, os.path.join(args.save_dir, name))
             if not problem and name != BEST:
                 prune(name, args)
-        saves.done()
+        if name != BEST:  # with --save-freq no run goes on from that one
+            saves.done()
         if last:
             problem = distributed.from_rank_0(problem)
             if problem:
