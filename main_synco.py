@@ -219,12 +219,8 @@ def run(process, args):
                 raise Failure(problem)
 
     def stop(step, name):
-        """Save and leave, because the run was told to."""
         save(step, name, last=True)
-        if process.rank == 0:
-            checkpoint.leave_marker(args, survival.warned(), step, name)
-        saves.together()
-        raise survival.Preempted(f"Told to stop: {os.path.join(args.save_dir, name)} holds {step} steps.")
+        checkpoint.leave(args, saves, step, name)
 
     def after_step(epoch, i, finite, lr):
         """Save or stop if that is due, within an epoch or at the end of one that gets no checkpoint of its own."""
@@ -287,7 +283,8 @@ def load_data(args, process, batch):
     step = batch * process.world_size
     if len(images) < step:
         raise UserError(f"--batch-size {args.batch_size}: a step takes {step} images, {images.root} has {len(images)}")
-    args.processes, args.global_batch, args.train_images = process.world_size, step, len(images)
+    args.processes, args.global_batch = process.world_size, step
+    args.train_images, args.train_images_crc32 = len(images), images.checksum()
     bank = val = None
     if args.knn_freq:
         # but for STL-10, whose labelled images are others, the images and what is kept of them are those of training

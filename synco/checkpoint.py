@@ -583,14 +583,22 @@ def lock(args):
             raise UserError(f"{args.save_dir}: cannot be written ({error.strerror})") from error
 
 
-def leave_marker(args, signal, step, path):
-    """Write preempted.json, which tells a script that the run was told to stop and where it goes on."""
-    content = {"signal": signal, "step": step, "checkpoint": os.path.basename(path)}
-    try:
-        with whole(os.path.join(args.save_dir, survival.MARKER)) as file:
-            file.write(json.dumps(content).encode() + b"\n")
-    except OSError as error:
-        distributed.warn(f"{args.save_dir}: {survival.MARKER} cannot be written ({error.strerror})")
+def leave(args, saves, step, name):
+    """Leave a run that was told to stop and has saved: raise `survival.Preempted` in every process.
+
+    Writes preempted.json, which tells a script where the run goes on. saves: the run's `survival.Saves`; step: how many
+    are done; name: of the checkpoint that holds them.
+    """
+    heard = next(filter(None, distributed.from_all(survival.warned())), None)  # perhaps by one process alone
+    if distributed.rank() == 0:
+        content = {"signal": heard, "step": step, "checkpoint": name}
+        try:
+            with whole(os.path.join(args.save_dir, survival.MARKER)) as file:
+                file.write(json.dumps(content).encode() + b"\n")
+        except OSError as error:
+            distributed.warn(f"{args.save_dir}: {survival.MARKER} cannot be written ({error.strerror})")
+    saves.together()
+    raise survival.Preempted(f"Told to stop: {os.path.join(args.save_dir, name)} holds {step} steps.")
 
 
 def make_folders(*folders):

@@ -61,6 +61,12 @@ class Images(Dataset):
         part._numbers = [self._numbers[i] for i in positions]
         return part
 
+    def checksum(self):
+        """CRC-32 of the images' names and order: other images have another, as good as always."""
+        if isinstance(self.names, index.Index):  # of a million names, in no time
+            return self.names.checksum()
+        return zlib.crc32("\0".join(self.names).encode(errors="surrogateescape"))
+
     def seen(self, transform):
         """The same images through that transform."""
         other = copy.copy(self)

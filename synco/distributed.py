@@ -284,6 +284,7 @@ def _enter(worker, args, process, connect, launched=False):
         worker(process, args)
         status = 0
     except Preempted as error:
+        survival.end_workers()  # whose own end the traceback's would wait for
         if all_starts is not None:
             all_starts.set("preempted", "")
         say(str(error))
@@ -324,8 +325,8 @@ def _enter(worker, args, process, connect, launched=False):
         guard.finish(done=status in (0, PREEMPTED))
     if status == 0 and store is not None and dist.get_backend() == "nccl":
         dist.destroy_process_group()
+    survival.end_workers()  # at a good end, too, one that is stuck would not let this process go
     if status or store is not None:
-        survival.end_workers()
         gc.collect()  # ends loading workers that the error's traceback kept
         _leave(status, process)
 

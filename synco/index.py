@@ -60,6 +60,13 @@ class Index(Sequence):
             for start, end in zip(ends, ends[1:]):
                 yield f"{name}/{os.fsdecode(part[start:end])}"
 
+    def checksum(self):
+        """CRC-32 of all that the index says."""
+        found = zlib.crc32(os.fsencode("\0".join(self.classes)))
+        for array in (self.starts, self.offsets, self.files):
+            found = zlib.crc32(array, found)
+        return found
+
     def targets(self):
         """(N,) int64: the class of every image."""
         return np.repeat(np.arange(len(self.classes)), np.diff(self.starts))
@@ -171,7 +178,7 @@ def _save(store, folder, index, folders):
         "starts": torch.from_numpy(index.starts),
         "offsets": torch.from_numpy(index.offsets),
         "files": torch.from_numpy(index.files.copy()),
-        "sum": _sum(index),
+        "sum": index.checksum(),
     }
     with contextlib.suppress(OSError), checkpoint.whole(store) as file:  # a full disk: the index is there all the same
         torch.save(content, file)
@@ -185,15 +192,7 @@ def _load(store, folder):
             return None
         index = Index(content["classes"], *(content[name].numpy() for name in ("starts", "offsets", "files")))
         states = zip(content["folders"], content["mtimes"].tolist(), content["inodes"])
-        whole = content["sum"] == _sum(index)
+        whole = content["sum"] == index.checksum()  # a wrong bit would make a file's name one of no file
         return index if whole and all(_state(folder, below) == (below, *state) for below, *state in states) else None
     except (*checkpoint.DAMAGED, pickle.UnpicklingError):
         return None
-
-
-def _sum(index):
-    """A checksum of all that an index says: a wrong bit in it would make a file's name one of no file."""
-    found = zlib.crc32(os.fsencode("\0".join(index.classes)))
-    for array in (index.starts, index.offsets, index.files):
-        found = zlib.crc32(array, found)
-    return found

@@ -307,6 +307,9 @@ def add_classifier(parser):
         help="checkpoint of SynCo or MoCo, or a torchvision network's weights; 'random': untrained, as a baseline",
     )
     flag("-e", "--evaluate", action="store_true", help="only validate the classifier that --resume names")
+    flag(
+        "--val-freq", default=1, type=number(int, 0), metavar="N", help="epochs between validations; 0: after the last"
+    )
     flag("--eval-train", action="store_true", help="validate on the training images, too")
     flag("--save-confusion", action="store_true", help="write confusion.csv: a row a class, a column a prediction")
     flag("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")

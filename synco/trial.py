@@ -20,7 +20,7 @@ from synco.precision import Precision
 
 # flags that may differ between a trial and its continuation without a word; what follows from them is compared
 UNRELATED = options.UNRELATED | set(
-    "batch_size pretrained evaluate eval_train save_confusion subset_file write_subset".split()
+    "batch_size pretrained evaluate eval_train save_confusion subset_file write_subset val_freq".split()
 )
 RESULTS = ("result.json", "per_class.csv", "confusion.csv")  # what a trial and -e leave beside the checkpoints
 
@@ -126,7 +126,7 @@ class Trial:
             views = loader.Augmented(self.reader, view, args.seed)
             self.batches = loader.train_loader(views, self.batch, seed=args.seed, keep_last=True, **load)
             self.train_images, self.steps = train, len(self.batches)
-            args.train_images = len(train)
+            args.train_images, args.train_images_crc32 = len(train), train.checksum()
         elif args.cache_images:
             datasets.cache([val], process.local_size)
         self.shown = {}
@@ -296,6 +296,8 @@ class Trial:
             self.best, self.last = (None if found is None else dict(found) for found in results)  # None: no epoch yet
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: its best_acc1 is {saved['best_acc1']!r}, not a number") from error
+        if saved["epoch"] == args.epochs and (self.last or {"epoch": 0}).get("epoch") not in (None, args.epochs):
+            raise UserError(f"{path}: holds {args.epochs} epochs, the last not validated (--val-freq): raise --epochs")
         self.start = checkpoint.position(saved, path, self.steps) - saved["epoch"] * self.steps
         if not 0 <= self.start <= self.steps or saved["epoch"] == args.epochs and self.start:
             raise UserError(f"{path}: its step is {saved['step']} after {saved['epoch']} of {args.epochs} epochs")
@@ -313,7 +315,8 @@ class Trial:
         told = ", ".join(f"{name} {lr:g}" for name, lr in rates.items())
 
         def report(i, numbers, pace):
-            ahead, validations = (args.epochs - epoch) * self.steps - i - 1, args.epochs - epoch
+            ahead = (args.epochs - epoch) * self.steps - i - 1
+            validations = sum(self._shown(done) for done in range(epoch + 1, args.epochs + 1))
             say(
                 f"Epoch {epoch} [{i + 1:{len(str(self.steps))}}/{self.steps}]  loss {numbers['loss']:.4f}  "
                 f"acc@1 {numbers['acc1']:5.2f}  acc@5 {numbers['acc5']:5.2f}  "
@@ -333,7 +336,7 @@ class Trial:
                 check_finite(i, finite)
                 self._save(optimizer, epoch, i + 1, self._within(), stop=due.stop, **more)
                 if due.stop:
-                    self._stop(self._within(), epoch * self.steps + i + 1)
+                    checkpoint.leave(self.args, self.saves, epoch * self.steps + i + 1, self._within())
 
         with self.reader.watched():
             classify.train(
@@ -375,13 +378,6 @@ class Trial:
                 raise Failure(problem)
         return not problem
 
-    def _stop(self, name, step):
-        """Leave, because the trial was told to and has saved."""
-        if self.process.rank == 0:
-            checkpoint.leave_marker(self.args, survival.warned(), step, name)
-        self.saves.together()
-        raise survival.Preempted(f"Told to stop: {self._file(name)} holds {step} steps.")
-
     def check_frozen(self):
         """Raise RuntimeError unless the backbone, running statistics included, is what it was, bit for bit."""
         changed = changed_weights(self.network, self.frozen)
@@ -391,19 +387,23 @@ class Trial:
             )
 
     def conclude(self, epoch, optimizer, **more):
-        """The end of an epoch: validate, tell, write the last and perhaps the best checkpoint. more: other keys."""
+        """The end of an epoch: validate if it is due, tell, write the last and perhaps the best checkpoint.
+
+        more: other keys of the checkpoints.
+        """
         done, args = epoch + 1, self.args
-        results = self._validate()
-        for name, (numbers, _) in results.items():
-            kind = name if name == "val" else "eval_train"
-            if not self.log.holds(kind, done):  # written before the run was killed, and not yet in a checkpoint
-                self.log.write(kind, done * self.steps, epoch=done, **numbers)
-        self.last = summary(results, done)
-        better = self.best is None or self.last["top1"] > self.best["top1"]
-        if better:
-            self.best = self.last
-        say(f"Epoch {epoch} {describe(results)}  (best {self.best['top1']:.2f} %{after(self.best)})")
-        last, final = f"checkpoint_{self.kind}.pth.tar", done == args.epochs
+        last, final, better = f"checkpoint_{self.kind}.pth.tar", done == args.epochs, False
+        if self._shown(done):
+            results = self._validate()
+            for name, (numbers, _) in results.items():
+                kind = name if name == "val" else "eval_train"
+                if not self.log.holds(kind, done):  # written before the run was killed, and not yet in a checkpoint
+                    self.log.write(kind, done * self.steps, epoch=done, **numbers)
+            self.last = summary(results, done)
+            better, before = self.best is None or self.last["top1"] > self.best["top1"], self.best
+            if better:
+                self.best = self.last
+            say(f"Epoch {epoch} {describe(results)}  (best {self.best['top1']:.2f} %{after(self.best)})")
         stop = self.saves.after(done * self.steps, at_once=True).stop
         if better:  # first, so that a run which is stopped in between writes it again
             written = self._save(optimizer, done, 0, f"model_best_{self.kind}.pth.tar", stop=final, **more)
@@ -412,11 +412,18 @@ class Trial:
                     self._write_tables(results["val"][1])
                 except OSError as error:
                     distributed.warn(f"{args.save_dir}: the tables cannot be written ({error.strerror})")
+            if not distributed.from_rank_0(written):
+                self.best = before  # whose weights are still there
         written = self._save(optimizer, done, 0, last, stop=stop or final, **more)
         if written and self.process.rank == 0 and os.path.exists(self._file(self._within())):
             os.remove(self._file(self._within()))
         if stop and not final:
-            self._stop(last, done * self.steps)
+            checkpoint.leave(args, self.saves, done * self.steps, last)
+
+    def _shown(self, done):
+        """Whether a validation is due after so many epochs."""
+        args = self.args
+        return done == args.epochs or args.val_freq > 0 and done % args.val_freq == 0
 
     def _validate(self):
         """{"val": ..., and with --eval-train "train": ...}, from `validate`."""

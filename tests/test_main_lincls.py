@@ -1,6 +1,7 @@
 """The linear probe as a user runs it: whole trials, several processes, resumed ones, -e, and bad input."""
 
 import csv
+import errno
 import hashlib
 import importlib
 import json
@@ -35,6 +36,63 @@ def lines_of(folder):
     timed = ("time", "images_per_second", "data_share")
     lines = metrics.read_log(os.path.join(folder, "log.jsonl"))
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def test_validations_may_be_rare(probe, data, pretrained, tmp_path, programs):
+    """They change nothing else: not the weights, nor what a validation that does take place says."""
+    often = [line for line in lines_of(probe[0]) if line["kind"] == "val"]
+    for freq, epochs in ((2, [2, 3]), (0, [3])):
+        folder = tmp_path / str(freq)
+        flags = [*FLAGS, "--val-freq", freq, "--pretrained", pretrained, "--save-dir", folder, data]
+        status, out, err = programs("main_lincls", *flags)
+        assert status == 0 and err == "", err
+        shown = [line for line in lines_of(folder) if line["kind"] == "val"]
+        assert shown == [line for line in often if line["epoch"] in epochs]
+        states = [checkpoint.load(str(place / LAST))["state_dict"] for place in (probe[0], folder)]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        found = result(folder)
+        assert found["last"]["top1"] == shown[-1]["top1"]
+        assert found["epoch"] == max(shown, key=lambda line: line["top1"])["epoch"]
+        assert checkpoint.load(str(folder / BEST))["epoch"] == found["epoch"]
+
+
+def test_a_trial_that_is_not_validated_at_its_end_says_so(data, pretrained, tmp_path, programs, monkeypatch):
+    flags = [*FLAGS, "--val-freq", 0, "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path, data]
+    conclude = trial.Trial.conclude
+
+    def stopping(self, epoch, *args, **more):
+        conclude(self, epoch, *args, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.Trial, "conclude", stopping)
+        assert programs("main_lincls", *flags)[0] == 130
+    assert not os.path.exists(tmp_path / BEST) and not [x for x in lines_of(tmp_path) if x["kind"] == "val"]
+    status, _, err = programs("main_lincls", *flags, "--epochs", 1, "--force-resume")
+    assert status == 2 and "holds 1 epochs, the last not validated (--val-freq): raise --epochs" in err
+    status, _, err = programs("main_lincls", *flags)
+    assert status == 0 and result(tmp_path)["epoch"] == 3, err
+
+
+def test_an_epoch_whose_weights_could_not_be_kept_is_not_the_best(data, pretrained, tmp_path, programs, monkeypatch):
+    """What result.json calls the best is what model_best_lincls.pth.tar holds."""
+    tops, validate, save = iter((10.0, 30.0, 20.0)), trial.validate, checkpoint.save
+
+    def better_and_worse(*args):
+        numbers, confusion = validate(*args)
+        return numbers | {"top1": next(tops)}, confusion
+
+    def full_at_times(content, path):
+        if path.endswith(BEST) and content["epoch"] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, path)
+
+    monkeypatch.setattr(trial, "validate", better_and_worse)
+    monkeypatch.setattr(checkpoint, "save", full_at_times)
+    status, out, err = programs("main_lincls", *FLAGS, "--pretrained", pretrained, "--save-dir", tmp_path, data)
+    assert status == 0 and f"{BEST}: cannot be written (No space left" in err, err
+    found, best = result(tmp_path), checkpoint.load(str(tmp_path / BEST))
+    assert (found["epoch"], found["top1"]) == (best["epoch"], best["best_acc1"]) == (3, 20.0)
 
 
 def equal(a, b):
