@@ -129,131 +129,216 @@ def parse():
 
 
 def run(process, args):
-    device = process.device
-    path, saved = checkpoint.find(args, own_checkpoints(args), own=[])
-    before = saved["config"] if saved else {}
-    args.deterministic = args.seed is not None or before.get("deterministic") is True
-    args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, path, before))
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
+    Pretraining(process, args).run()
 
-    precision = Precision(device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
-    batch = batch_of_each(args, process)
-    datasets.fetch(args, process)
-    batches, monitor, classes = load_data(args, process, batch)
-    steps, reader = len(batches), batches.dataset.reader
-    if args.steps:
-        args.epochs = math.ceil(args.steps / steps)
-        options.check_start(args)
-    total = args.steps or args.epochs * steps
-    changed = options.compare(before, args, path, UNRELATED)
-    reader.learn(checkpoint.skipped(saved, path, len(reader)))
-    if options.in_epochs(args.lr_warmup_epochs, steps) > total / steps:
-        distributed.warn(f"--lr-warmup-epochs {args.lr_warmup_epochs}: longer than the run, which never reaches --lr")
-    model = make_model(args, precision, steps, total)
-    optimizer = make_optimizer(args, model, precision.fused)
 
-    done, averages = args.start_epoch * steps, metrics.Averages()  # steps
-    if saved:
-        epochs = checkpoint.resume(saved, path, model, optimizer, args.arch)
-        done = checkpoint.position(saved, path, steps)
-        if done > total:
+class Pretraining:
+    """One run: its images, model, optimiser and files, how many steps it has done and how many it is to do.
+
+    steps: of an epoch; total: of the run; start_epoch, start: the epoch it begins or goes on in, and the step in that.
+    """
+
+    def __init__(self, process, args):
+        self.process, self.args = process, args
+        path, saved = checkpoint.find(args, own_checkpoints(args), own=[])
+        before = saved["config"] if saved else {}
+        args.deterministic = args.seed is not None or before.get("deterministic") is True
+        args.seed = distributed.from_rank_0(checkpoint.choose_seed(args.seed, path, before))
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = args.deterministic, not args.deterministic
+
+        self.precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
+        batch = batch_of_each(args, process)
+        datasets.fetch(args, process)
+        self.batches, self.monitor, self.classes = load_data(args, process, batch)
+        self.steps, self.reader = len(self.batches), self.batches.dataset.reader
+        if args.steps:
+            args.epochs = math.ceil(args.steps / self.steps)
+            options.check_start(args)
+        self.total = args.steps or args.epochs * self.steps
+        changed = options.compare(before, args, path, UNRELATED)
+        self.reader.learn(checkpoint.skipped(saved, path, len(self.reader)))
+        if options.in_epochs(args.lr_warmup_epochs, self.steps) > self.total / self.steps:
+            distributed.warn(
+                f"--lr-warmup-epochs {args.lr_warmup_epochs}: longer than the run, which never reaches --lr"
+            )
+        self.model = make_model(args, self.precision, self.steps, self.total)
+        self.optimizer = make_optimizer(args, self.model, self.precision.fused)
+        self.averages = metrics.Averages()  # since the last print step
+
+        done = self._resume(saved, path) if saved else args.start_epoch * self.steps
+        self.start_epoch, self.start = divmod(done, self.steps) if done < self.total else (args.epochs, 0)
+        if process.rank == 0:
+            checkpoint.prepare_folders(args, own_checkpoints(args), own=[], fresh=not path)
+            position = self.start_epoch, self.start
+            describe(args, process, batch, self.steps, self.total, position, path, before, changed)
+        saved = None  # its memory
+        self.log = metrics.Log(args.log_dir, steps_done=done, active=process.rank == 0)
+        kept = self.log.kept if os.path.exists(os.path.join(args.save_dir, BEST)) else []  # rank 0's; others have none
+        best = max((line["top1"] for line in kept if line["kind"] == "knn" and line["epoch"]), default=-1.0)
+        self.best = distributed.from_rank_0(best)  # kNN accuracy
+        self.learner = distributed.parallel(self.model, process.device)
+        self.saves = survival.Saves(args.save_steps, args.save_minutes, args.dist_timeout)
+
+    def _resume(self, saved, path):
+        """Take over what a checkpoint holds → how many steps it has done."""
+        args = self.args
+        epochs = checkpoint.resume(saved, path, self.model, self.optimizer, args.arch)
+        done = checkpoint.position(saved, path, self.steps)
+        if done > self.total:
             raise UserError(f"{path}: holds {epochs} epochs and --epochs is {args.epochs}")
         if args.mask_same_image:
-            checkpoint.resume_index(saved, path, model.queue_index)
-        checkpoint.resume_averages(saved, path, averages, process)
-        precision.resume(saved, path)
-    start_epoch, start = divmod(done, steps) if done < total else (args.epochs, 0)
-    if process.rank == 0:
-        checkpoint.prepare_folders(args, own_checkpoints(args), own=[], fresh=not path)
-        describe(args, process, batch, steps, total, (start_epoch, start), path, before, changed)
-    saved = None  # its memory
-    log = metrics.Log(args.log_dir, steps_done=done, active=process.rank == 0)
-    kept = log.kept if os.path.exists(os.path.join(args.save_dir, BEST)) else []  # rank 0's; the others' is empty
-    best = max((line["top1"] for line in kept if line["kind"] == "knn" and line["epoch"]), default=-1.0)
-    best = distributed.from_rank_0(best)
+            checkpoint.resume_index(saved, path, self.model.queue_index)
+        checkpoint.resume_averages(saved, path, self.averages, self.process)
+        self.precision.resume(saved, path)
+        return done
 
-    learner = distributed.parallel(model, device)
-    saves = survival.Saves(args.save_steps, args.save_minutes, args.dist_timeout)
+    def run(self):
+        """All epochs from the first that is not done, with their checkpoints and evaluations."""
+        args, first = self.args, self.start_epoch
+        due = args.knn_freq and not self.start and (first % args.knn_freq == 0 or first == args.epochs)
+        if due and not distributed.from_rank_0(self.log.holds("knn", first)):
+            self.evaluate(first)
+        for epoch in range(first, args.epochs):
+            with self.reader.watched():
+                self.train(epoch, self.start if epoch == first else 0)
+            done = epoch + 1
+            if due_to_save(done, args):
+                name = f"checkpoint_{epoch:04d}.pth.tar"
+                if self.saves.stopping and done < args.epochs:
+                    self.stop(done * self.steps, name)
+                self.save(min(done * self.steps, self.total), name, last=done == args.epochs)
+            if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
+                self.evaluate(done)
+        self.log.close()
+        self.reader.tell()
+        say(f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
 
-    def evaluate(done):
-        nonlocal best
-        found = knn.accuracy(
-            model.encoder_q, model.head, *monitor, device, classes=classes, k=args.knn_k, train=args.knn_train
+    def train(self, epoch, start):
+        """One epoch from step `start` on, or what the run's end leaves of it.
+
+        Numbers are read from the device at print steps and saves only.
+        """
+        args, process, model, precision = self.args, self.process, self.model, self.precision
+        parameters = list(model.encoder_q.parameters())
+        device, first = process.device, epoch * self.steps
+        steps_now = min(self.steps, self.total - first)
+        pace, finite = metrics.Pace(), metrics.Finite(device)
+        self.batches.batch_sampler.set_epoch(epoch, start)
+        for i, (im_q, im_k, index) in pace.watch(itertools.islice(self.batches, steps_now - start), start):
+            im_q, im_k, index = precision.place(im_q), precision.place(im_k), index.to(device, non_blocking=True)
+            if first + i == 0:
+                self.log.images("pairs", pair_grid(im_q, im_k, args.stats) if process.rank == 0 else None, 0)
+            lr = learning_rate(first + i, self.steps, args)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+
+            # what a network with dropout draws is a function of the step, too
+            torch.manual_seed(distributed.seed_of("dropout", args.seed, first + i, process.rank))
+            with precision.autocast():
+                logits, labels = self.learner(im_q, im_k, (first + i) / self.steps, step=first + i, index=index)
+            loss = F.cross_entropy(logits, labels)
+            self.optimizer.zero_grad()
+            norm = precision.backward(loss, self.optimizer, parameters, args.clip_grad)
+            bad = finite.watch(i, loss, norm)
+            precision.step(self.optimizer)
+
+            norms = {"grad_norm": norm} if args.clip_grad else {}
+            self.averages.add(loss=loss, bad=bad, **norms, **metrics.contrastive_accuracy(logits, args.moco_k))
+            if i % args.print_freq == 0 or i == steps_now - 1:
+                numbers = self.averages.read(distributed.mean)
+                if numbers.pop("bad"):
+                    self.check_finite(finite, epoch, i, lr)
+                precision.check()
+                numbers |= {"lr": lr, **pace.read(process.world_size)}
+                if process.rank == 0:
+                    self.report(numbers, logits.detach(), epoch, i, pace.left(self.total - first - i - 1))
+            self.save_if_due(epoch, i, finite, lr)
+
+    def report(self, numbers, logits, epoch, i, left):
+        """A progress line, and the same numbers with the negatives' hardness as a log line.
+
+        i: the step in the epoch; left: the time that is left, in words.
+        """
+        args, done = self.args, epoch * self.steps + i
+        print(
+            f"Epoch {epoch} [{i + 1:{len(str(self.steps))}}/{self.steps}]  loss {numbers['loss']:.4f}  "
+            f"acc@1 {numbers['acc1']:5.2f}  acc@5 {numbers['acc5']:5.2f}  real acc@1 {numbers['acc1_real']:5.2f}  "
+            f"{numbers['images_per_second']:.0f} images/s  data {numbers['data_share']:.0%}  ETA {left}",
+            flush=True,
         )
-        told = f"{found['top1']:.2f} % (projection {found['top1_projection']:.2f} %)"
-        told += f", training images {found['train_top1']:.2f} %" if args.knn_train else ""
-        say(f"kNN after {done} epochs: {told}")
-        if args.save_best and done and found["top1"] > best:
-            save(min(done * steps, total), BEST)
-        # the last: a run that is stopped before this line evaluates again, and saves again
-        log.write("knn", min(done * steps, total), epoch=done, **found)
-        best = max(best, found["top1"] if done else -1.0)
+        counts = dict(zip(TYPES, self.model.counts_at(done / self.steps)))
+        found = metrics.hardness(logits, counts, K=args.moco_k, T=args.moco_t, n_hard=args.n_hard)
+        values = torch.stack([v for pair in found.values() for v in pair]).tolist()
+        names = [f"{what}/{name}" for name in found for what in ("similarity", "mass")]
+        self.log.write("train", done + 1, epoch=epoch, **numbers, **dict(zip(names, values)))
 
-    def save(step, name, *, last=False):
+    def check_finite(self, finite, epoch, i, lr):
+        """Raise FloatingPointError that says where the loss or its gradient stopped being finite, if it did."""
+        own, folder = own_checkpoints(self.args), self.args.save_dir
+        checkpoint.check_finite(finite, self.batches, epoch, i, f"lr {lr:g}", own, folder)
+
+    def save_if_due(self, epoch, i, finite, lr):
+        """Save or stop after step i of an epoch if that is due, unless its end has a checkpoint of its own."""
+        step = epoch * self.steps + i + 1
+        at_end = step == self.total or i == self.steps - 1
+        due = self.saves.after(step, news=self.reader.news(), at_once=at_end)
+        if due.news:
+            self.reader.exchange()
+        if due.save and not (at_end and due_to_save(epoch + 1, self.args)):
+            self.check_finite(finite, epoch, i, lr)
+            if due.stop:
+                self.stop(step, WITHIN)
+            self.save(step, WITHIN)
+
+    def save(self, step, name, *, last=False):
         """Write a checkpoint after that many steps. last: of this run, which then cannot end well without it."""
-        state, problem = averages.state(distributed.from_all), ""
-        if process.rank == 0:
-            log.sync()
+        args, state, problem = self.args, self.averages.state(distributed.from_all), ""
+        if self.process.rank == 0:
+            self.log.sync()
             content = {
-                "epoch": math.ceil(step / steps) if step == total else step // steps,
+                "epoch": math.ceil(step / self.steps) if step == self.total else step // self.steps,
                 "arch": args.arch,
-                "state_dict": checkpoint.prefixed(model),
-                "optimizer": optimizer.state_dict(),
+                "state_dict": checkpoint.prefixed(self.model),
+                "optimizer": self.optimizer.state_dict(),
                 "step": step,
-                "steps_per_epoch": steps,
+                "steps_per_epoch": self.steps,
                 "averages": state,
-                "skipped": sorted(reader.known),
+                "skipped": sorted(self.reader.known),
                 "config": vars(args),
-                **precision.state(),
+                **self.precision.state(),
             }
             if args.mask_same_image:
-                content["queue_index"] = model.queue_index
+                content["queue_index"] = self.model.queue_index
             problem = checkpoint.try_to_save(content, os.path.join(args.save_dir, name))
             if not problem and name != BEST:
                 prune(name, args)
         if name != BEST:  # with --save-freq no run goes on from that one
-            saves.done()
+            self.saves.done()
         if last:
             problem = distributed.from_rank_0(problem)
             if problem:
                 raise Failure(problem)
 
-    def stop(step, name):
-        save(step, name, last=True)
-        checkpoint.leave(args, saves, step, name)
+    def stop(self, step, name):
+        """Save and leave, because the run was told to."""
+        self.save(step, name, last=True)
+        checkpoint.leave(self.args, self.saves, step, name)
 
-    def after_step(epoch, i, finite, lr):
-        """Save or stop if that is due, within an epoch or at the end of one that gets no checkpoint of its own."""
-        step = epoch * steps + i + 1
-        at_end = step == total or i == steps - 1
-        due = saves.after(step, news=reader.news(), at_once=at_end)
-        if due.news:
-            reader.exchange()
-        if due.save and not (at_end and due_to_save(epoch + 1, args)):
-            check_finite(finite, batches, epoch, i, lr, args)
-            if due.stop:
-                stop(step, WITHIN)
-            save(step, WITHIN)
-
-    due = args.knn_freq and not start and (start_epoch % args.knn_freq == 0 or start_epoch == args.epochs)
-    if due and not distributed.from_rank_0(log.holds("knn", start_epoch)):
-        evaluate(start_epoch)
-    for epoch in range(start_epoch, args.epochs):
-        batches.batch_sampler.set_epoch(epoch, start)
-        with reader.watched():
-            span = epoch, start, steps, total
-            train(batches, learner, model, optimizer, precision, averages, span, log, process, args, after_step)
-        done, start = epoch + 1, 0
-        if due_to_save(done, args):
-            name = f"checkpoint_{epoch:04d}.pth.tar"
-            if saves.stopping and done < args.epochs:
-                stop(done * steps, name)
-            save(min(done * steps, total), name, last=done == args.epochs)
-        if args.knn_freq and (done % args.knn_freq == 0 or done == args.epochs):
-            evaluate(done)
-    log.close()
-    reader.tell()
-    say(f"Done. Checkpoints: {args.save_dir}  Logs: {args.log_dir}")
+    def evaluate(self, done):
+        """kNN accuracy after so many epochs, told and logged; with --save-best the best one's checkpoint."""
+        args, step = self.args, min(done * self.steps, self.total)
+        found = knn.accuracy(
+            self.model.encoder_q, self.model.head, *self.monitor, self.process.device,
+            classes=self.classes, k=args.knn_k, train=args.knn_train,
+        )  # fmt: skip
+        told = f"{found['top1']:.2f} % (projection {found['top1_projection']:.2f} %)"
+        told += f", training images {found['train_top1']:.2f} %" if args.knn_train else ""
+        say(f"kNN after {done} epochs: {told}")
+        if args.save_best and done and found["top1"] > self.best:
+            self.save(step, BEST)
+        # the last: a run that is stopped before this line evaluates again, and saves again
+        self.log.write("knn", step, epoch=done, **found)
+        self.best = max(self.best, found["top1"] if done else -1.0)
 
 
 def due_to_save(done, args):
@@ -363,69 +448,6 @@ def make_optimizer(args, model, fused):
     return torch.optim.SGD(
         model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=fused
     )
-
-
-def train(batches, learner, model, optimizer, precision, averages, span, log, process, args, after_step):
-    """One epoch, or what the run's end leaves of it. Numbers are read from the device at print steps and saves only.
-
-    averages: those since the last print step; span: which epoch, from which of its steps on, how many steps an epoch
-    and the run have; after_step(epoch, step in it, `metrics.Finite`, learning rate) is called after each.
-    """
-    epoch, start, steps, total = span
-    parameters = list(model.encoder_q.parameters())
-    device, first = process.device, epoch * steps
-    steps_now = min(steps, total - first)
-    pace, finite = metrics.Pace(), metrics.Finite(device)
-    for i, (im_q, im_k, index) in pace.watch(itertools.islice(batches, steps_now - start), start):
-        im_q, im_k, index = precision.place(im_q), precision.place(im_k), index.to(device, non_blocking=True)
-        if first + i == 0:
-            log.images("pairs", pair_grid(im_q, im_k, args.stats) if process.rank == 0 else None, 0)
-        lr = learning_rate(first + i, steps, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # what a network with dropout draws is a function of the step, too
-        torch.manual_seed(distributed.seed_of("dropout", args.seed, first + i, process.rank))
-        with precision.autocast():
-            logits, labels = learner(im_q, im_k, (first + i) / steps, step=first + i, index=index)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        norm = precision.backward(loss, optimizer, parameters, args.clip_grad)
-        bad = finite.watch(i, loss, norm)
-        precision.step(optimizer)
-
-        norms = {"grad_norm": norm} if args.clip_grad else {}
-        averages.add(loss=loss, bad=bad, **norms, **metrics.contrastive_accuracy(logits, args.moco_k))
-        if i % args.print_freq == 0 or i == steps_now - 1:
-            numbers = averages.read(distributed.mean)
-            if numbers.pop("bad"):
-                check_finite(finite, batches, epoch, i, lr, args)
-            precision.check()
-            numbers |= {"lr": lr, **pace.read(process.world_size)}
-            if process.rank == 0:
-                counts = dict(zip(TYPES, model.counts_at((first + i) / steps)))
-                left = pace.left(total - first - i - 1)
-                report(log, numbers, logits.detach(), counts, epoch, i, steps, left, args)
-        after_step(epoch, i, finite, lr)
-
-
-def check_finite(finite, batches, epoch, i, lr, args):
-    """Raise FloatingPointError that says where the loss or its gradient stopped being finite, if it did."""
-    checkpoint.check_finite(finite, batches, epoch, i, f"lr {lr:g}", own_checkpoints(args), args.save_dir)
-
-
-def report(log, numbers, logits, counts, epoch, i, steps, left, args):
-    """A progress line, and the same numbers with the negatives' hardness as a log line."""
-    print(
-        f"Epoch {epoch} [{i + 1:{len(str(steps))}}/{steps}]  loss {numbers['loss']:.4f}  acc@1 {numbers['acc1']:5.2f}  "
-        f"acc@5 {numbers['acc5']:5.2f}  real acc@1 {numbers['acc1_real']:5.2f}  "
-        f"{numbers['images_per_second']:.0f} images/s  data {numbers['data_share']:.0%}  ETA {left}",
-        flush=True,
-    )
-    found = metrics.hardness(logits, counts, K=args.moco_k, T=args.moco_t, n_hard=args.n_hard)
-    values = torch.stack([v for pair in found.values() for v in pair]).tolist()
-    names = [f"{what}/{name}" for name in found for what in ("similarity", "mass")]
-    log.write("train", epoch * steps + i + 1, epoch=epoch, **numbers, **dict(zip(names, values)))
 
 
 def learning_rate(done, steps, args):

@@ -253,13 +253,13 @@ def test_a_network_with_dropout_resumes_exactly(data, tmp_path, program):
 @pytest.fixture
 def seen_columns(monkeypatch):
     """[(position in epochs, columns of the logits)] of each step that prints."""
-    seen, report = [], main_synco.report
+    seen, report = [], main_synco.Pretraining.report
 
-    def watch(log, numbers, logits, counts, epoch, i, steps, *rest):
-        seen.append((epoch + i / steps, logits.shape[1]))
-        report(log, numbers, logits, counts, epoch, i, steps, *rest)
+    def watch(run, numbers, logits, epoch, i, left):
+        seen.append((epoch + i / run.steps, logits.shape[1]))
+        report(run, numbers, logits, epoch, i, left)
 
-    monkeypatch.setattr(main_synco, "report", watch)
+    monkeypatch.setattr(main_synco.Pretraining, "report", watch)
     return seen
 
 
