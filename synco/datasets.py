@@ -62,7 +62,7 @@ class Images(Dataset):
         return part
 
     def checksum(self):
-        """CRC-32 of the images' names and order: other images have another, as good as always."""
+        """CRC-32 of the images' names and their order; it says nothing of the files' contents."""
         if isinstance(self.names, index.Index):  # of a million names, in no time
             return self.names.checksum()
         return zlib.crc32("\0".join(self.names).encode(errors="surrogateescape"))

@@ -265,7 +265,7 @@ def ranks(numbers):
 
 
 def end_workers():
-    """Kill this process's loading workers: one that is stuck in a read would keep it from ending."""
+    """Kill this process's children, which are loading workers: one that is stuck would keep it from ending."""
     children, handler = multiprocessing.active_children(), None
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would take them for a failure

@@ -297,7 +297,7 @@ class Trial:
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: its best_acc1 is {saved['best_acc1']!r}, not a number") from error
         if saved["epoch"] == args.epochs and (self.last or {"epoch": 0}).get("epoch") not in (None, args.epochs):
-            raise UserError(f"{path}: holds {args.epochs} epochs, the last not validated (--val-freq): raise --epochs")
+            raise UserError(f"{path}: holds {args.epochs} epochs, the last not validated; --epochs must be more")
         self.start = checkpoint.position(saved, path, self.steps) - saved["epoch"] * self.steps
         if not 0 <= self.start <= self.steps or saved["epoch"] == args.epochs and self.start:
             raise UserError(f"{path}: its step is {saved['step']} after {saved['epoch']} of {args.epochs} epochs")
@@ -414,6 +414,7 @@ class Trial:
                     distributed.warn(f"{args.save_dir}: the tables cannot be written ({error.strerror})")
             if not distributed.from_rank_0(written):
                 self.best = before  # whose weights are still there
+                distributed.warn(f"epoch {epoch} is not kept as the best")
         written = self._save(optimizer, done, 0, last, stop=stop or final, **more)
         if written and self.process.rank == 0 and os.path.exists(self._file(self._within())):
             os.remove(self._file(self._within()))

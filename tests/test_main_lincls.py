@@ -69,7 +69,7 @@ def test_a_trial_that_is_not_validated_at_its_end_says_so(data, pretrained, tmp_
         assert programs("main_lincls", *flags)[0] == 130
     assert not os.path.exists(tmp_path / BEST) and not [x for x in lines_of(tmp_path) if x["kind"] == "val"]
     status, _, err = programs("main_lincls", *flags, "--epochs", 1, "--force-resume")
-    assert status == 2 and "holds 1 epochs, the last not validated (--val-freq): raise --epochs" in err
+    assert status == 2 and "holds 1 epochs, the last not validated; --epochs must be more" in err
     status, _, err = programs("main_lincls", *flags)
     assert status == 0 and result(tmp_path)["epoch"] == 3, err
 
@@ -91,6 +91,7 @@ def test_an_epoch_whose_weights_could_not_be_kept_is_not_the_best(data, pretrain
     monkeypatch.setattr(checkpoint, "save", full_at_times)
     status, out, err = programs("main_lincls", *FLAGS, "--pretrained", pretrained, "--save-dir", tmp_path, data)
     assert status == 0 and f"{BEST}: cannot be written (No space left" in err, err
+    assert "warning: epoch 1 is not kept as the best\n" in err
     found, best = result(tmp_path), checkpoint.load(str(tmp_path / BEST))
     assert (found["epoch"], found["top1"]) == (best["epoch"], best["best_acc1"]) == (3, 20.0)
 

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -205,7 +206,8 @@ def test_a_preempted_worker_is_not_tried_again(place):
         assert run.poll() is None
         time.sleep(0.02)
     ranks = [pid for pid in interrupted.left_behind(folder) if interrupted.state(pid)[1] == run.pid]
-    os.kill(ranks[1], signal.SIGUSR1)
+    other = [pid for pid in ranks if b"\0RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(other[0], signal.SIGUSR1)
     assert run.wait(120) == 1
     out = (place / "preempted.txt").read_text()
     assert "exitcode  : 75" in out and "Told to stop: " in out and "resumed  " not in out
@@ -600,13 +602,13 @@ def test_contradicting_settings_are_listed(calm, data, tmp_path, program):
     assert refused("--lr", 1, "--n2", 9, "--force-resume") == "lr 0.03 → 1.0; n2 3 → 9 (--force-resume lets lr change)"
     assert refused("--moco-t", 0.1, "--force-resume") == "moco_t 0.07 → 0.1"
     make_images(tmp_path / "more" / "train", classes=3, images=9)
-    assert refused(folder=tmp_path / "more").startswith("train_images 24 → 27; train_images_crc32 ")
+    assert refused(folder=tmp_path / "more") == "train_images 24 → 27"
     shutil.copytree(data, tmp_path / "moved")  # the same images in another place are the same
     assert program(*flags, tmp_path / "moved")[0] == 0
     shutil.rmtree(tmp_path / "r")
     image = min((tmp_path / "moved" / "train").glob("*/*"))
     image.rename(image.with_name(f"another-{image.name}"))
-    assert re.fullmatch(r"train_images_crc32 \d+ → \d+", refused(folder=tmp_path / "moved"))
+    assert refused(folder=tmp_path / "moved") == "other training images (by their names)"
     # none of these is the run's own
     free = "-j 1 -p 1 --save-freq 2 --keep 1 --knn-freq 2 --knn-k 3 --save-steps 1 --worker-timeout 60 --peer-timeout 9"
     status, out, err = program(*flags, *free.split(), data)
