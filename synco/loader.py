@@ -10,6 +10,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import sys
 
 import torch
 from PIL import Image, ImageFilter
@@ -299,6 +300,26 @@ def batch_each(total, local_size):
     return batch
 
 
+class Loader(DataLoader):
+    """A DataLoader whose workers no warning ends, see `survival.held_back`."""
+
+    def __init__(self, dataset, *, process, workers, timeout, **settings):
+        super().__init__(
+            dataset,
+            num_workers=workers,
+            pin_memory=process.device.type == "cuda",
+            timeout=timeout if workers else 0,
+            worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
+            # whose parent is the trainer, and which is torch's way on Linux before Python 3.14
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            **settings,
+        )
+
+    def __iter__(self):
+        with survival.held_back() if self.num_workers else contextlib.nullcontext():
+            return super().__iter__()
+
+
 def train_loader(dataset, batch_size, *, process, workers, seed, keep_last=False, timeout=0):
     """Shuffled batches of `batch_size` for this process; call `.batch_sampler.set_epoch` first.
 
@@ -308,15 +329,8 @@ def train_loader(dataset, batch_size, *, process, workers, seed, keep_last=False
     """
     sampler = EpochSampler(dataset, process.world_size, process.rank, shuffle=True, seed=seed, drop_last=not keep_last)
     batches = WholeBatches(sampler, batch_size) if keep_last else Batches(sampler, batch_size, drop_last=True)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=process.device.type == "cuda",
-        timeout=timeout if workers else 0,
-        worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
-    )
+    more = {"batch_sampler": batches, "persistent_workers": workers > 0}
+    return Loader(dataset, process=process, workers=workers, timeout=timeout, **more)
 
 
 def images_of(batches, epoch, i):
@@ -329,11 +343,4 @@ def images_of(batches, epoch, i):
 def eval_loader(dataset, batch_size, *, process, workers, timeout=0):
     """This process's share of a data set in order: every image in exactly one process, the last batch kept."""
     share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
-    return DataLoader(
-        share,
-        batch_size,
-        num_workers=workers,
-        pin_memory=process.device.type == "cuda",
-        timeout=timeout if workers else 0,
-        worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
-    )
+    return Loader(share, batch_size=batch_size, process=process, workers=workers, timeout=timeout)

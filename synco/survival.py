@@ -66,8 +66,7 @@ def passing_on(start):
 
     None is lost: a warning is held back while they start, and the children hold it back until they are `listening`.
     """
-    multiprocessing.resource_tracker.ensure_running()  # which would let SIGTERM through when it is started
-    _mask(signal.SIG_BLOCK)
+    _hold_back()
     started = start()
 
     def forward(number, frame):
@@ -87,15 +86,36 @@ def passing_on(start):
             signal.signal(number, handler)
 
 
-def _mask(how):
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(how, WARNINGS)
+@contextlib.contextmanager
+def held_back():
+    """Hold warnings back from this thread meanwhile, and for good from the processes that it starts.
+
+    A loading worker begins with handlers of torch's that end it, and a scheduler warns it with all the others.
+    """
+    before = _mask(signal.SIG_BLOCK, ())
+    _hold_back()
+    try:
+        yield
+    finally:
+        _mask(signal.SIG_SETMASK, before)
+
+
+def _hold_back():
+    """Hold warnings back, also from Python's process that tracks semaphores: SIGUSR1 would end it."""
+    _mask(signal.SIG_BLOCK)
+    multiprocessing.resource_tracker.ensure_running()  # lets SIGTERM through when it is started
+    _mask(signal.SIG_BLOCK)
+
+
+def _mask(how, numbers=WARNINGS):
+    """Change which signals are held back from this thread → those that were before."""
+    return signal.pthread_sigmask(how, numbers) if hasattr(signal, "pthread_sigmask") else set()
 
 
 def worker_of(trainer, _worker=None):
     """What a loading worker of the process `trainer` begins with.
 
-    It ignores warnings, since a scheduler warns every process and the trainer needs it yet. It ends if the trainer has
+    It ignores warnings, see `held_back`, since the trainer needs it yet. It ends if the trainer has
     gone while it started: torch's worker then takes whoever has inherited it for the trainer, and never ends.
     """
     for number in WARNINGS:

@@ -636,6 +636,51 @@ def test_another_number_of_processes_goes_on_with_the_images_that_are_left(place
     assert status == 2 and "global_batch 8 → 4" in err
 
 
+STARTING = """
+import os, signal, sys, time
+import torch.utils.data._utils.signal_handling as handling
+from multiprocessing import resource_tracker
+from synco import distributed, loader, options
+
+begin = handling._set_worker_signal_handlers
+
+def warned_at_once():  # before worker_init_fn, in the worker
+    begin()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+
+handling._set_worker_signal_handlers = warned_at_once
+
+def parse():
+    parser = options.Parser("test")
+    options.add_distributed(parser)
+    return parser.parse_args()
+
+def run(process, args):
+    more = {"process": process, "workers": 1}
+    print(sum(len(batch) for batch in loader.eval_loader(range(10), 2, **more)), "images")
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    tracker = resource_tracker._resource_tracker._pid
+    os.kill(tracker, signal.SIGUSR1)
+    time.sleep(0.2)
+    resource_tracker.ensure_running()  # a new one where that one has gone
+    print(held, resource_tracker._resource_tracker._pid == tracker)
+
+if __name__ == "__main__":
+    import multiprocessing
+    multiprocessing.set_start_method(sys.argv.pop())
+    distributed.launch(run, parse)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_warning_to_a_loading_worker_that_is_starting_is_lost_on_it(tmp_path, method):
+    """And on Python's own helper process. forkserver: what Python 3.14 starts processes with."""
+    (tmp_path / "program.py").write_text(STARTING)
+    run = command(tmp_path / "program.py", method, env={"PYTHONPATH": str(ROOT)})
+    assert (run.returncode, run.stdout) == (0, "10 images\nset() True\n"), run.stderr
+
+
 def settings(folder, **more):
     given = {"save_dir": str(folder), "log_dir": str(folder), "resume": "", "overwrite": False, "restarted": False}
     return argparse.Namespace(**given | more)
