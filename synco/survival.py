@@ -102,9 +102,10 @@ def held_back():
 
 def _hold_back():
     """Hold warnings back, also from Python's process that tracks semaphores: SIGUSR1 would end it."""
-    _mask(signal.SIG_BLOCK)
-    multiprocessing.resource_tracker.ensure_running()  # lets SIGTERM through when it is started
-    _mask(signal.SIG_BLOCK)
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows, which has neither
+        _mask(signal.SIG_BLOCK)
+        multiprocessing.resource_tracker.ensure_running()  # lets SIGTERM through when it is started
+        _mask(signal.SIG_BLOCK)
 
 
 def _mask(how, numbers=WARNINGS):
@@ -115,8 +116,8 @@ def _mask(how, numbers=WARNINGS):
 def worker_of(trainer, _worker=None):
     """What a loading worker of the process `trainer` begins with.
 
-    It ignores warnings, see `held_back`, since the trainer needs it yet. It ends if the trainer has
-    gone while it started: torch's worker then takes whoever has inherited it for the trainer, and never ends.
+    It ignores warnings, see `held_back`, since the trainer needs it yet. It ends if the trainer has gone while it
+    started: torch's worker then takes whoever has inherited it for the trainer, and never ends.
     """
     for number in WARNINGS:
         signal.signal(number, signal.SIG_IGN)
