@@ -310,7 +310,7 @@ class Loader(DataLoader):
             pin_memory=process.device.type == "cuda",
             timeout=timeout if workers else 0,
             worker_init_fn=functools.partial(survival.worker_of, os.getpid()),
-            # whose parent is the trainer, and which is torch's way on Linux before Python 3.14
+            # a spawned process and Python 3.14 have other defaults; so a worker starts at once, and its parent is this
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             **settings,
         )

@@ -260,28 +260,17 @@ def started(path, *flags):
 
 
 ORPHAN = """
-import multiprocessing, os, sys, time
-import torch
+import os, time
+import torch.utils.data._utils.signal_handling as handling
 from synco import loader
 from synco.distributed import Process
 
-class Images(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
+def starting():  # in the worker, before it looks at its parent
+    os.write(1, f"{os.getpid()}\\n".encode())
+    time.sleep(2)
 
-    def __getitem__(self, index):
-        return index
-
-    def __setstate__(self, state):  # in a worker that is starting
-        os.write(1, f"{os.getpid()}\\n".encode())
-        time.sleep(2)
-
-    def __reduce__(self):
-        return Images, (), {"": 0}
-
-if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")  # what --multiprocessing-distributed leaves its processes with
-    list(loader.eval_loader(Images(), 2, process=Process(), workers=1))
+handling._set_worker_signal_handlers = starting
+list(loader.eval_loader(range(4), 2, process=Process(), workers=1))
 """
 
 
