@@ -141,13 +141,13 @@ def state(pid):
 
 
 def interrupt(command, folder, output, seconds, rng, number, times):
-    """Send a signal to all of a run's processes at random moments, up to `times` times, then let it end.
+    """Send a signal to all of a run's processes at random moments, once to `times` times, then let it end.
 
     seconds: how long an undisturbed run takes → [(status, seconds from the signal to the end)] of those that were
-    interrupted.
+    interrupted. A run that is done before its first signal is begun anew.
     """
-    found = []
-    for _ in range(rng.randint(1, times)):
+    found, wanted = [], rng.randint(1, times)
+    while len(found) < wanted:
         before = os.path.getsize(output) if os.path.exists(output) else 0
         process = start(command, output)
         if number == signal.SIGKILL:
@@ -156,13 +156,16 @@ def interrupt(command, folder, output, seconds, rng, number, times):
             while os.path.getsize(output) == before and process.poll() is None:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.6) * seconds)
-        if process.poll() is not None:
-            break
         began = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         status = process.wait()
-        found.append((status, time.monotonic() - began))
+        if status == 0 and found:
+            break
+        if status == 0:
+            shutil.rmtree(folder)
+        else:
+            found.append((status, time.monotonic() - began))
     finish(command, output)
     return found
 
