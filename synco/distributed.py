@@ -262,7 +262,10 @@ def _enter(worker, args, process, connect, launched=False):
         torch.cuda.set_device(process.device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, usable_cpus() // process.local_size))
-    store, all_starts, status, guard = None, None, None, survival.Guard(process, None, False, 0, _report)
+    store, all_starts, status = None, None, None
+    guard = survival.Guard(process, None, launched, args.peer_timeout, _report)
+    if launched:
+        guard.start()  # the launcher may go before the processes have met, whose waiting lasts minutes
     try:
         if connect is not None:
             all_starts = connect()  # torchrun's is the same in every start of the processes
@@ -278,6 +281,7 @@ def _enter(worker, args, process, connect, launched=False):
                 backend, store=store, rank=process.rank, world_size=process.world_size, timeout=timeout
             )
             beats = dist.PrefixStore(attempt, connect(again=True))
+            guard.finish(done=False)
             guard = survival.Guard(process, beats, launched, args.peer_timeout, _report)
             guard.start()
             _begun.append(all_starts)

@@ -207,7 +207,8 @@ class Guard(threading.Thread):
         super().__init__(daemon=True, name="guard")
         self.process, self.store, self.seconds, self.report = process, store, seconds, report
         self.pulse = max(self.INTERVAL, seconds / 8)
-        self.parent = os.getppid() if launched else None
+        parent = multiprocessing.parent_process()  # the one that spawned this, even if it has gone meanwhile
+        self.parent = (parent.pid if parent else os.getppid()) if launched else None
         self.ended = threading.Event()
 
     def run(self):

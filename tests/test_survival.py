@@ -230,6 +230,20 @@ def test_a_killed_launcher_leaves_nobody_behind(place):
     assert interrupted.left_behind(folder, run.pid) == []
 
 
+def test_a_launcher_that_is_killed_before_its_processes_have_met_leaves_nobody_behind(place):
+    """They would wait for each other for minutes, at a store that has gone."""
+    run = interrupted.start(interrupted.words("pretraining", str(place / "data"), str(place / "x"), 2), place / "x.txt")
+    while len(interrupted.left_behind(str(place / "x"), run.pid)) < 4:  # launcher, Python's helper, two processes
+        assert run.poll() is None
+        time.sleep(0.005)
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 45
+    while interrupted.left_behind(str(place / "x"), run.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert interrupted.left_behind(str(place / "x"), run.pid) == []
+
+
 ENDLESS = """
 import os, sys, time
 from synco import distributed, options
