@@ -23,6 +23,7 @@ TINY = study.Scale(
     semi=dict.fromkeys(study.PERCENTS, "--epochs 1 --lr-backbone 0.01 --lr-classifier 0.1 -b 2"),
     hold_out=6,
     candidates={"a queue of 64": ("mocov2", ""), "a queue of 32": ("synco", "--moco-k 32 --epochs 1")},
+    trials={"probe, lr 2": ("probe", "--lr 2"), "1 %, less": ("semi1", "--lr-backbone 0.001")},
     why="Small.",
 )
 
@@ -161,15 +162,22 @@ def test_all_methods_run_alike_but_for_their_negatives(tmp_path, monkeypatch, da
 
 def test_settings_are_chosen_on_training_images_alone(small, tmp_path):
     started = small("--choose")
-    assert [words[0] for words in started] == ["main_synco.py"] * 2
+    assert [words[0] for words in started] == ["main_synco.py", "main_synco.py", "main_lincls.py", "main_semisup.py"]
     for words in started:
         assert words[words.index("--hold-out") + 1] == "6"
     with open(tmp_path / "cpu-choice.json") as file:
-        found = json.load(file)["candidates"]
+        choice = json.load(file)
+    found = choice["candidates"]
     assert [one["name"] for one in found] == list(TINY.candidates)
+    assert [one["name"] for one in choice["trials"]] == list(TINY.trials)
+    weights = tmp_path / "runs" / "choose" / "a-queue-of-64" / "pretrain" / "checkpoint_0001.pth.tar"
+    assert all(str(weights) in words for words in started[2:])
+    assert started[2][started[2].index("main_lincls.py") :].count("--lr") == 2  # of which the last one counts
     text = (tmp_path / "README.md").read_text()
     assert f"| a queue of 64 | {found[0]['knn']:.2f} | {found[0]['knn_projection']:.2f} |" in text
-    assert "kNN on 6 training images" in text and not os.path.exists(tmp_path / "cpu.json")
+    assert f"| 1 %, less | {choice['trials'][1]['top1']:.2f} |" in text
+    assert "The candidates, on 6 training images that were held out" in text
+    assert not os.path.exists(tmp_path / "cpu.json")
 
 
 def content(**methods):

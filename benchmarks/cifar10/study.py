@@ -15,6 +15,7 @@ Runs are kept below --out. Results, figure and README.md are written beside this
 import argparse
 import concurrent.futures
 import importlib.util
+import itertools
 import math
 import os
 import platform
@@ -69,7 +70,17 @@ class Scale:
     semi: dict  # {percent: flags}
     hold_out: int  # training images in the place of val with --choose
     candidates: dict  # of --choose: {name: (method, further flags of the pretraining)}
+    trials: dict  # of --choose, on the first candidate's checkpoint: {name: (evaluation, its further flags)}
     why: str  # how the settings were chosen, in words
+
+
+def trials(probe, classifier, backbone):
+    """`Scale.trials` of these learning rates."""
+    found = {f"linear probe, lr {lr}": ("probe", f"--lr {lr}") for lr in probe}
+    for percent, lr, slow in itertools.product(PERCENTS, classifier, backbone):
+        flags = f"--lr-backbone {slow} --lr-classifier {lr}"
+        found[f"{percent} % of the labels, lr {lr}, backbone's {slow}"] = (f"semi{percent}", flags)
+    return found
 
 
 SCALES = {
@@ -79,10 +90,10 @@ SCALES = {
         "--aug-plus --crop-scale 0.08,1 --augment-on device --warmup-epochs 10 --knn-freq 10 --save-freq 10 "
         "--save-minutes 2 --keep 1",
         counts={"mocov2": (64, 0, 0, 0, 0, 0, 0), "mochi": (64, 8, 0, 64, 0, 0, 0), "synco": (64, 16, 16, 16, 4, 4, 4)},
-        probe="--epochs 50 -b 512 --lr 3 --schedule 30 40 --val-freq 10",
+        probe="--epochs 50 -b 512 --lr 0.03 --schedule 30 40 --val-freq 10",
         semi={
-            1: "--epochs 60 -b 128 --lr-backbone 0.01 --lr-classifier 0.1 --val-freq 20",
-            10: "--epochs 60 -b 128 --lr-backbone 0.02 --lr-classifier 0.2 --val-freq 20",
+            1: "--epochs 60 -b 128 --lr-backbone 0.02 --lr-classifier 0.02 --val-freq 20",
+            10: "--epochs 60 -b 128 --lr-backbone 0.02 --lr-classifier 0.02 --val-freq 20",
         },
         hold_out=5000,
         candidates={
@@ -92,20 +103,22 @@ SCALES = {
             "SynCo": ("synco", ""),
             "SynCo, synthesis from epoch 20 on": ("synco", "--warmup-epochs 20"),
         },
+        trials=trials(probe=(0.3, 0.1, 0.03, 0.01), classifier=(0.2, 0.02), backbone=(0.02, 0.005)),
         why="The pretraining is the recipe of MoCo's own demo for one GPU: a single linear layer as head, no blur, "
         "T = 0.1, crops from 0.08 of the area on; bfloat16 and augmentation on the GPU are ours. Its queue of 4,096 is "
         "a sixteenth of ImageNet's, and so are n_hard and the counts of MoCHi and SynCo; synthesis begins after 10 of "
-        "200 epochs as it does on ImageNet. The learning rates of probe and fine-tuning were not searched for.",
+        "200 epochs as it does on ImageNet. The learning rates of probe and fine-tuning are those that were chosen for "
+        "the small version, for larger batches; --choose tries others.",
     ),
     "cpu": Scale(
         common="-a resnet18 --img-size 32 --stats cifar10 --limit-images 10000 --cache-images -j 0",
         pretrain="--epochs 25 -b 128 --lr 0.03 --wd 5e-4 --cos --bn-splits 2 --moco-k 512 --moco-m 0.99 --moco-t 0.1 "
         "--aug-plus --crop-scale 0.08,1 --augment-on device --warmup-epochs 5 --knn-freq 5 --keep 1",
         counts={"mocov2": (8, 0, 0, 0, 0, 0, 0), "mochi": (8, 1, 0, 8, 0, 0, 0), "synco": (8, 2, 2, 2, 1, 1, 1)},
-        probe="--epochs 10 -b 128 --lr 0.3 --schedule 6 8 --val-freq 0",
+        probe="--epochs 10 -b 128 --lr 0.01 --schedule 6 8 --val-freq 0",
         semi={
-            1: "--epochs 30 -b 25 --lr-backbone 0.01 --lr-classifier 0.1 --val-freq 0",
-            10: "--epochs 20 -b 64 --lr-backbone 0.02 --lr-classifier 0.1 --val-freq 0",
+            1: "--epochs 30 -b 25 --lr-backbone 0.02 --lr-classifier 0.01 --val-freq 0",
+            10: "--epochs 20 -b 64 --lr-backbone 0.02 --lr-classifier 0.01 --val-freq 0",
         },
         hold_out=5000,
         candidates={
@@ -116,11 +129,12 @@ SCALES = {
             "SynCo, K = 512, synthesis from epoch 2 on": ("synco", "--epochs 10 --warmup-epochs 2"),
             "SynCo, K = 512, synthesis from epoch 5 on": ("synco", "--epochs 10 --warmup-epochs 5"),
         },
+        trials=trials(probe=(0.3, 0.03, 0.01, 0.003), classifier=(0.1, 0.01), backbone=(0.02, 0.005)),
         why="Small enough for two cores: 10,000 training images (the same for every seed), 25 epochs of 78 steps, a "
-        "ResNet-18 with ImageNet's stem at 32 pixels. Queue and learning rate are the best of the candidates below, "
-        "which ran for 10 epochs; when synthesis begins made no difference there, and it begins after a fifth of the "
-        "epochs. n_hard and the counts of MoCHi and SynCo are ImageNet's, divided by 128 as the queue is, and at least "
-        "1. The learning rates of probe and fine-tuning were not searched for.",
+        "ResNet-18 with ImageNet's stem at 32 pixels. Queue and learning rates are the best of the candidates below, "
+        "of which the pretrainings ran for 10 epochs; when synthesis begins made no difference there, and it begins "
+        "after a fifth of the epochs. n_hard and the counts of MoCHi and SynCo are ImageNet's, divided by 128 as the "
+        "queue is, and at least 1.",
     ),
 }
 
@@ -131,7 +145,8 @@ def main():
     programs = Programs(args)
     try:
         if args.choose:
-            found = {"candidates": programs.all(choose, list(scale.candidates.items()))} | settings_of(scale)
+            found = {"candidates": programs.all(choose, list(scale.candidates.items()))}
+            found |= {"trials": programs.all(try_out, list(scale.trials.items()))} | settings_of(scale)
             metrics.write_json(os.path.join(HERE, f"{args.scale}-choice.json"), origin(args, "--choose") | found)
         else:
             if not args.report_only:
@@ -325,22 +340,54 @@ def run(args, scale, programs, task):
 def choose(args, scale, programs, task):
     """Pretraining with one candidate for the settings → its kNN accuracy on the images that were held out."""
     name, (method, flags) = task
-    folder = os.path.join(args.out, "choose", re.sub(r"[^a-z0-9.]+", "-", name.lower()))
-    held_out = ["--seed", 100, "--hold-out", scale.hold_out, "--resume", "auto", "--dataset", args.dataset, args.data]
-    words = [*scale.common.split(), *held_out, *scale.pretrain.split(), *method_flags(scale, method), *flags.split()]
+    folder = choice_folder(args, name)
+    words = [*held_out(args, scale), *scale.pretrain.split(), *method_flags(scale, method), *flags.split()]
     pretrain(programs, folder, words)
     last = curve(folder)[-1]
     print(f"{name}: kNN {last['top1']:.2f} %, on the projection {last['top1_projection']:.2f} %", flush=True)
     return {"name": name, "flags": flags, "knn": last["top1"], "knn_projection": last["top1_projection"]}
 
 
+def try_out(args, scale, programs, task):
+    """An evaluation of the first candidate's checkpoint with other settings → its accuracy on the held-out images."""
+    name, (evaluation, flags) = task
+    first, (method, more) = next(iter(scale.candidates.items()))
+    words = [*scale.pretrain.split(), *more.split()]
+    weights = os.path.join(choice_folder(args, first), "pretrain", last_checkpoint(words))
+    folder = choice_folder(args, name)
+    if not os.path.exists(os.path.join(folder, "result.json")):
+        words = [*evaluations(scale)[evaluation], *flags.split(), *held_out(args, scale)]
+        programs.start([*words, "--pretrained", weights, "--save-dir", folder], f"{folder}.txt")
+    top1 = read_json(os.path.join(folder, "result.json"))["last"]["top1"]
+    print(f"{name}: {top1:.2f} %", flush=True)
+    return {"name": name, "flags": flags, "top1": top1}
+
+
+def held_out(args, scale):
+    """Flags of all programs with --choose: a part of the training images stands in the place of val."""
+    words = ["--seed", 100, "--hold-out", scale.hold_out, "--resume", "auto", "--dataset", args.dataset, args.data]
+    return [*scale.common.split(), *words]
+
+
+def choice_folder(args, name):
+    return os.path.join(args.out, "choose", re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-"))
+
+
 def pretrain(programs, folder, words):
     """Run main_synco.py until its last evaluation is done → its last checkpoint."""
     save_dir = os.path.join(folder, "pretrain")
-    epochs = int([value for name, value in zip(words, words[1:]) if name == "--epochs"][-1])  # the last one counts
-    if not curve(folder) or curve(folder)[-1]["epoch"] != epochs:
+    if not curve(folder) or curve(folder)[-1]["epoch"] != epochs_of(words):
         programs.start(["main_synco.py", *words, "--save-dir", save_dir], os.path.join(folder, "pretrain.txt"))
-    return os.path.join(save_dir, f"checkpoint_{epochs - 1:04d}.pth.tar")
+    return os.path.join(save_dir, last_checkpoint(words))
+
+
+def epochs_of(words):
+    return int([value for name, value in zip(words, words[1:]) if name == "--epochs"][-1])  # the last one counts
+
+
+def last_checkpoint(words):
+    """The name of a pretraining's last checkpoint."""
+    return f"checkpoint_{epochs_of(words) - 1:04d}.pth.tar"
 
 
 def evaluations(scale):
@@ -624,10 +671,13 @@ def section(scale):
     if choice:
         rows = [[c["name"], f"{c['knn']:.2f}", f"{c['knn_projection']:.2f}"] for c in choice["candidates"]]
         parts.append(
-            f"The candidates, kNN on {SCALES[scale].hold_out:,} training images that were held out, one seed:\n\n"
+            f"The candidates, on {SCALES[scale].hold_out:,} training images that were held out, one seed:\n\n"
             f"```\n{choice['command']}\n```"
         )
-        parts.append(markdown([["", "backbone", "projection"], *rows]))
+        parts.append(markdown([["pretraining", "kNN, backbone", "kNN, projection"], *rows]))
+        rows = [[trial["name"], f"{trial['top1']:.2f}"] for trial in choice["trials"]]
+        parts.append(f"Evaluations of {choice['candidates'][0]['name']} on the same images:")
+        parts.append(markdown([["", "top-1"], *rows]))
     return "\n\n".join(part for part in parts if part)
 
 
