@@ -2,7 +2,7 @@
 """MoCo v2, MoCHi and SynCo on CIFAR-10 under equal budgets, over several seeds: what does each learn?
 
   python benchmarks/cifar10/study.py DATA                  # on a GPU: the recipe of MoCo's own demo, 200 epochs
-  python benchmarks/cifar10/study.py --scale cpu DATA      # a small version, in two hours on two CPU cores
+  python benchmarks/cifar10/study.py --scale cpu DATA      # a small version, for two CPU cores
 
 DATA is where torchvision keeps CIFAR-10, which is downloaded there if it is not; with --dataset imagefolder a folder
 train/CLASS/IMAGE, val/CLASS/IMAGE. Each method and seed is a pretraining with main_synco.py, then a linear probe and
@@ -351,7 +351,7 @@ def choose(args, scale, programs, task):
 def try_out(args, scale, programs, task):
     """An evaluation of the first candidate's checkpoint with other settings → its accuracy on the held-out images."""
     name, (evaluation, flags) = task
-    first, (method, more) = next(iter(scale.candidates.items()))
+    first, (_, more) = next(iter(scale.candidates.items()))
     words = [*scale.pretrain.split(), *more.split()]
     weights = os.path.join(choice_folder(args, first), "pretrain", last_checkpoint(words))
     folder = choice_folder(args, name)
