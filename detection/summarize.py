@@ -25,20 +25,11 @@ class Mistake(ValueError):
     """A mistake of the user's, reported as one line."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Mistake(f"{message} (--help says more)")
-
-
-def parse():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="OUTPUT_DIR of a run, or a folder of such folders")
-    return parser.parse_args()
-
-
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="OUTPUT_DIR of a run, or a folder of such folders")
     rows, notes = {}, []
-    for folder in parse().folders:
+    for folder in parser.parse_args().folders:
         for run in runs_in(folder):
             found, skipped = last_evaluation(run)
             if skipped:
@@ -81,7 +72,8 @@ def row_of(run):
 def last_evaluation(run):
     """The last line of metrics.json that has APs → (it as a dict, or None; how many lines are not JSON).
 
-    Lines are cut off where a run was killed. Raises Mistake if the evaluation lacks one of the APs.
+    Lines are cut off where a run was killed. Raises Mistake if the evaluation lacks its iteration or one of the APs:
+    numbers from 0 to 100, or NaN.
     """
     path = os.path.join(run, "metrics.json")
     found, skipped = None, 0
@@ -89,17 +81,18 @@ def last_evaluation(run):
         for text in file:
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 skipped += 1
                 continue
             if isinstance(line, dict) and "bbox/AP" in line:
                 found = line
     if found is None:
         return None, skipped
-    wanted = [f"bbox/{column}" for column in COLUMNS["bbox"]] + ["iteration"]
-    wanted += [f"segm/{column}" for column in COLUMNS["segm"] if "segm/AP" in found]
-    for key in wanted:
-        if not isinstance(found.get(key), (int, float)):
+    wanted = [f"{kind}/{column}" for kind in COLUMNS if f"{kind}/AP" in found for column in COLUMNS[kind]]
+    for key in ["iteration", *wanted]:
+        value = found.get(key)
+        is_number = isinstance(value, (int, float)) and not (value < 0 or value > 100)  # NaN is neither
+        if not (is_number or key == "iteration" and isinstance(value, int)):
             raise Mistake(f"{path}: its last evaluation has no {key}")
     return found, skipped
 
@@ -121,7 +114,7 @@ def cell(values):
     """[values of the trials] → "mean ± deviation", "-" where a trial has none, "nan" where one's is not a number."""
     if None in values:
         return "-"
-    if not all(map(math.isfinite, values)):
+    if any(map(math.isnan, values)):
         return "nan"
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
@@ -131,6 +124,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # ± becomes ? where the terminal has no such character
     try:
         main()
-    except Mistake as mistake:
-        print(f"{os.path.basename(sys.argv[0])}: error: {mistake}", file=sys.stderr)
+    except (Mistake, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
