@@ -18,6 +18,19 @@ def refuse(message):
     sys.exit(2)
 
 
+def read(path):
+    """A result.json → top-1 and top-5 in percent and the epoch; the last two may be None. Raises ValueError."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(result, dict):
+        raise ValueError("no object")
+    for name, highest in (("top1", 100), ("top5", 100), ("epoch", 10**9)):
+        value = result.get(name, "")
+        optional = value is None and name != "top1"
+        if not (optional or isinstance(value, (int, float)) and 0 <= value <= highest):
+            raise ValueError(f"its {name} is no number up to {highest}")
+    return result["top1"], result["top5"], result["epoch"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
@@ -25,11 +38,10 @@ def main():
     trials = []
     for path in sorted(folder.glob("*/result.json")):
         try:
-            result = json.loads(path.read_text())
-            top1, top5, epoch = (result[name] for name in ("top1", "top5", "epoch"))
-            trials.append((float(top1), "" if top5 is None else f"{top5:.2f}", epoch or "", path.parent.name))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            top1, top5, epoch = read(path)
+        except (OSError, ValueError, RecursionError) as error:
             refuse(f"{path}: not a result of main_lincls.py or main_semisup.py ({error})")
+        trials.append((top1, "" if top5 is None else f"{top5:.2f}", epoch or "", path.parent.name))
     if not trials:
         refuse(f"{folder}: holds no trial's result.json")
     trials.sort(key=lambda trial: -trial[0])

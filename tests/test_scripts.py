@@ -301,7 +301,7 @@ def trials(tmp_path, monkeypatch):
     write = """printf '%s\\n' "$@" END
 next=
 for word; do
-    [ "$next" ] && { mkdir -p "$word"; echo '{"top1": 6'${word#*lr}', "top5": 80, "epoch": 7}' >"$word/result.json"; }
+    [ "$next" ] && { mkdir -p "$word"; echo '{"top1": '${word#*lr}', "top5": 80, "epoch": 7}' >"$word/result.json"; }
     next=; [ "$word" = --save-dir ] && next=1
 done; true"""
     stub = program(tmp_path / "bin", "torchrun", write)
@@ -343,8 +343,8 @@ def test_grid(trials, tmp_path, name):
             assert (args.train_percent, args.weights, args.epochs, args.weight_decay) == (1, "finetune", 60, 1e-6)
     rows = [line.split() for line in table.splitlines()]
     assert rows[0] == ["trial", "top-1", "top-5", "epoch"] and len(rows) == 1 + len(parsed)
-    best = max(GRID[name], key=lambda lr: float("6" + lr))
-    assert rows[1] == [f"lr{best}", f"{float('6' + best):.2f}", "80.00", "7", "best"]
+    best = max(GRID[name], key=float)
+    assert rows[1] == [f"lr{best}", f"{float(best):.2f}", "80.00", "7", "best"]
     assert [row[0] for row in rows[1:]] == [f"lr{lr}" for lr in sorted(GRID[name], key=float, reverse=True)]
 
 
@@ -375,7 +375,19 @@ def test_grid_usage(tmp_path, name):
         assert f"{name}.sh" in done.stderr and "CHECKPOINT IMAGENET" in done.stderr
 
 
-@pytest.mark.parametrize("content, message", [(None, "holds no trial's result.json"), ("{}", "not a result of main_")])
+ABSURD = [
+    "{}", "[1]", "7", "null", "[" * 100_000, "{", '{"top1": null, "top5": 1, "epoch": 1}',
+    '{"top1": NaN, "top5": 1, "epoch": 1}', '{"top1": 1e999, "top5": 1, "epoch": 1}',
+    '{"top1": 1' + "0" * 400 + ', "top5": 1, "epoch": 1}', '{"top1": "60", "top5": 1, "epoch": 1}',
+    '{"top1": 60, "top5": [1], "epoch": 1}', '{"top1": 60, "top5": null, "epoch": {"a": 1}}', '{"top1": 60}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "holds no trial's result.json"), *((content, "not a result of main_") for content in ABSURD)],
+    ids=range(1 + len(ABSURD)),
+)
 def test_no_results(tmp_path, content, message):
     (tmp_path / "a").mkdir()
     if content:
