@@ -8,7 +8,7 @@
 #
 # Further flags of step.py in STEP: STEP="--compile" benchmarks/gpu.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 python=${PYTHON:-python}
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {

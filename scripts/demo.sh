@@ -3,7 +3,7 @@
 # labels, beside the same from random weights, in minutes on two CPU cores. `make demo` calls this.
 # Usage: scripts/demo.sh [FOLDER]
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(realpath "$0")")/.."
 
 folder=${1:-runs/demo}
 python scripts/make_demo_patches.py "$folder/patches"

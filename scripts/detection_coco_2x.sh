@@ -18,7 +18,7 @@ if [[ ${1:-} =~ ^[0-9]+$ ]]; then
     shift
 fi
 
-detection=$(dirname "$0")/../detection
+detection=$(dirname "$(realpath "$0")")/../detection
 for trial in $trials; do
     python "$detection/train_net.py" --config-file "$detection/configs/coco_R_50_C4_2x_synco.yaml" \
         --data-dir "$data" --num-gpus "${NPROC:-8}" --resume \

@@ -11,7 +11,7 @@ if [[ ${1:--} == -* ]]; then
     echo "usage: $0 DATA [SAVE_DIR] [extra flags ...] [-- extra flags of the probe ...]" >&2
     exit 2
 fi
-data=$1 save_dir=runs/imagenette_resnext50 root=$(dirname "$0")/.. flags=()
+data=$1 save_dir=runs/imagenette_resnext50 root=$(dirname "$(realpath "$0")")/.. flags=()
 shift
 if [[ ${1:--} != -* ]]; then
     save_dir=$1

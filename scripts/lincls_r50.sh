@@ -9,7 +9,7 @@ if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
     echo "usage: $0 CHECKPOINT IMAGENET [SAVE_DIR] [extra flags ...]" >&2
     exit 2
 fi
-checkpoint=$1 data=$2 save_dir=${1%.pth.tar}-lincls root=$(dirname "$0")/..
+checkpoint=$1 data=$2 save_dir=${1%.pth.tar}-lincls root=$(dirname "$(realpath "$0")")/..
 shift 2
 if [[ ${1:--} != -* ]]; then
     save_dir=$1

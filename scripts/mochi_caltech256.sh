@@ -23,8 +23,8 @@ case " $* " in
     *" --dataset "* | *" --dataset="*) dataset=() ;; # --download goes with a data set of its own alone
 esac
 
-exec python "$(dirname "$0")/../main_synco.py" ${dataset[@]+"${dataset[@]}"} -a timm:efficientnet_b2 --mlp \
-    --steps 25000 --batch-size 64 --optimizer adamw --wd 0.01 --clip-grad 5 \
+exec python "$(dirname "$(realpath "$0")")/../main_synco.py" ${dataset[@]+"${dataset[@]}"} \
+    -a timm:efficientnet_b2 --mlp --steps 25000 --batch-size 64 --optimizer adamw --wd 0.01 --clip-grad 5 \
     --lr 2e-4 --lr-min 2.5e-6 --lr-warmup 2.5e-7 --lr-warmup-epochs 2500s --cos --aug-heavy \
     --moco-dim 128 --moco-k 8192 --moco-m 0.999 --moco-t 0.07 --mask-same-image \
     --n-hard 32 --n1 16 --n2 0 --n3 16 --n4 0 --n5 0 --n6 0 --warmup-epochs 10000s,0,5000s,0,0,0 \

@@ -16,7 +16,7 @@ if [[ -z $epochs || $# -lt 3 || $2 == -* || $3 == -* ]]; then
     echo "usage: $0 1|10|100 CHECKPOINT IMAGENET [SAVE_DIR] [extra flags ...]" >&2
     exit 2
 fi
-percent=$1 checkpoint=$2 data=$3 save_dir=${2%.pth.tar}-semisup-$1percent root=$(dirname "$0")/..
+percent=$1 checkpoint=$2 data=$3 save_dir=${2%.pth.tar}-semisup-$1percent root=$(dirname "$(realpath "$0")")/..
 shift 3
 if [[ ${1:--} != -* ]]; then
     save_dir=$1

@@ -65,6 +65,22 @@ def test_style(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "script", [script for script in SCRIPTS if 'dirname "$' in script.read_text()], ids=lambda s: s.name
+)
+def test_called_through_a_link(script, tmp_path):
+    """Whatever it starts is the repository's, wherever the link lies."""
+    for name in ("python", "torchrun"):
+        program(tmp_path / "bin", name, "pwd; printf '%s\\n' \"$@\"; exit 7")
+    (tmp_path / "link.sh").symlink_to(script)
+    words = ["1"] * (script.name == "semisup_r50.sh") + ["a", "b", "c", "d"]
+    done = bash(tmp_path / "link.sh", *words, cwd=tmp_path, first_on_path=tmp_path / "bin")
+    where, *words = done.stdout.splitlines()
+    started = [os.path.join(where, word) for word in words if word.endswith(".py")]
+    assert started and all(os.path.exists(path) for path in started), done.stdout
+    assert all(os.path.realpath(path).startswith(f"{ROOT}/") for path in started)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_no_path_of_some_machine(script):
     """A path that starts at the root of the file system or at a home folder; "$folder"/data is none."""
@@ -573,6 +589,66 @@ def test_extract_interrupted(given, tmp_path):
     assert os.listdir(given / "out") == []
     assert bash(EXTRACT, *WORDS, cwd=given).returncode == 0
     assert files(given / "out") == EXPECTED
+
+
+HOSTILE = {
+    "a device": {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3},
+    "a pipe": {"type": tarfile.FIFOTYPE},
+    "a folder": {"type": tarfile.DIRTYPE},
+    "a link": {"type": tarfile.SYMTYPE, "linkname": "/etc/hostname"},
+    "a hard link": {"type": tarfile.LNKTYPE, "linkname": "n01440764_7.JPEG"},
+    "a way out": {"name": "../../n01440764_8.JPEG"},
+    "a root": {"name": "/n01440764_8.JPEG"},
+    "another kind": {"name": "n01440764_8.sh"},
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("case", [*HOSTILE, "no image"])
+def test_extract_writes_plain_files_alone(given, case, split):
+    """Whatever else an archive holds, nothing of it is made, the data set least of all."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        if case != "no image":
+            for name in ("n01440764_7.JPEG", "n01440764_12.JPEG"):
+                entry = tarfile.TarInfo(name)
+                archive.addfile(entry)
+            for attribute, value in HOSTILE[case].items():
+                setattr(entry, attribute, value)
+            archive.addfile(entry)
+    if split == "train":
+        others = {"n01751748.tar": tar({"n01751748_7.JPEG": b"x"})}
+        (given / "train.tar").write_bytes(tar({"n01440764.tar": buffer.getvalue(), **others}))
+    else:
+        (given / "val.tar").write_bytes(buffer.getvalue())
+        (given / "labels.txt").write_text("".join(f"n01440764_{i}.JPEG n01440764\n" for i in (7, 8, 12)))
+    before = tree(given)
+    done = bash(EXTRACT, *WORDS, cwd=given)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    left = tree(given)
+    assert left.pop("out", None) is None and left == before
+
+
+def test_extract_keeps_no_owner_and_no_mode(given):
+    """A file is the user's own whatever the archive says, also for root: no setuid, no owner, no permissions of it."""
+    entry = tarfile.TarInfo("n01440764_7.JPEG")
+    entry.mode, entry.uid, entry.gid, entry.size = 0o6777, 54321, 54321, 1
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(entry, io.BytesIO(b"x"))
+    (given / "train.tar").write_bytes(tar({f"{wnid}.tar": buffer.getvalue() for wnid in CLASSES}))
+    assert bash(EXTRACT, *WORDS, cwd=given).returncode == 0
+    (given / "plain").touch()
+    found, plain = (given / "out/train/n01440764/n01440764_7.JPEG").stat(), (given / "plain").stat()
+    assert (found.st_mode, found.st_uid, found.st_gid) == (plain.st_mode, plain.st_uid, plain.st_gid)
+
+
+def test_extract_after_a_kill(given):
+    """What SIGKILL left in the way goes when the script is called again."""
+    (given / "out/.extract.Ab12Cd/train/n01440764").mkdir(parents=True)
+    (given / "out/.extract.Ab12Cd/train/n01440764/n01440764_7.JPEG").touch()
+    assert bash(EXTRACT, *WORDS, cwd=given).returncode == 0
+    assert sorted(os.listdir(given / "out")) == ["train", "val"]
 
 
 def make_devkit(path, scipy_io):
