@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import ARCH, ROOT, command, make_images
 
+from benchmarks import golden
+
 SMALLEST = {
     "head.py -n 4 -k 4096 --repeat 1": ("ratio", "results"),
     "input.py DATA --repeat 1 --img-size 16": ("ratio",),
@@ -22,3 +24,23 @@ def test_a_small_run_prints_one_object(words, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found and set(SMALLEST[words]) <= found.keys()
+
+
+def test_the_golden_record_is_met_and_a_single_bit_is_seen(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(golden, "RUNS", {"run": golden.STEPS.replace("--steps 12", "--steps 2")})
+    assert golden.main(["record", str(tmp_path / "record")]) == 0
+    path = tmp_path / "record" / "record.json"
+    known = json.loads(path.read_text())
+    numbers, text = known["run"].values()
+    queue = "run/checkpoint_0000.pth.tar state_dict.module.queue"
+    assert {"exit status", "run/config.json", "run/events.out.tfevents", "run/log.jsonl 0.loss", queue} < numbers.keys()
+    numbers[queue] = numbers[queue][:-1] + ("0" if numbers[queue][-1] != "0" else "1")
+    text[text.index("run/config.json 0.seed: 3")] = "run/config.json 0.seed: 4"
+    path.write_text(json.dumps(known))
+    capsys.readouterr()
+    assert golden.main(["check", str(tmp_path / "record")]) == 1
+    first, differ, *rest, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("run") and "1 of " in first and differ.startswith(f"    {queue}: torch.float32 [64, 16] ")
+    told = ["text: 2 lines differ (-: the record's, +: now)"]
+    told += [f"    {sign}run/config.json 0.seed: {seed}    [run]" for sign, seed in (("-", 4), ("+", 3))]
+    assert rest == told and last.endswith("1 differences in numbers")
