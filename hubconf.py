@@ -6,26 +6,28 @@
 DIR is the clone's folder; the networks are those at the end of this file.
 """
 
-import torch as _torch
+from collections.abc import Callable as _Callable
 
-from synco import builder as _builder
+import torch.nn as _nn
+
 from synco import export as _export
+from synco import networks as _networks
 
 dependencies = ["torch", "torchvision", "numpy"]
 
 
-def _entry(arch):
-    def load(checkpoint=None, *, num_classes=None):
+def _entry(arch: str) -> _Callable[..., _nn.Module]:
+    def load(checkpoint: str | None = None, *, num_classes: int | None = None) -> _nn.Module:
         if num_classes is not None and num_classes < 0:
             raise ValueError(f"num_classes is {num_classes}; give 0 or None for features, or a number of outputs")
         if checkpoint is None:
-            network = _builder.network_of(arch, 224)(num_classes=1000)
-            head = _builder.head_name(network, 1000)
+            network = _networks.network_of(arch, 224)(num_classes=1000)
+            head = _networks.head_name(network, 1000)
         else:
             network, head, _ = _export.load(checkpoint, arch)
         width = network.get_submodule(head).in_features
-        new = _torch.nn.Linear(width, num_classes) if num_classes else _torch.nn.Identity()
-        _builder.replace(network, head, new)
+        new = _nn.Linear(width, num_classes) if num_classes else _nn.Identity()
+        _networks.replace(network, head, new)
         return network
 
     load.__name__ = arch

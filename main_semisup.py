@@ -17,88 +17,91 @@ class-balanced draw. Writes checkpoint_semisup.pth.tar (the last epoch), model_b
 per_class.csv, config.json, log.jsonl and TensorBoard files.
 """
 
+import functools
 import math
 
 import torch
+import torch.nn.functional as F
 
-from synco import distributed, options, subsets
+from synco import distributed, metrics, options, subsets
+from synco.classifier import Classifier, check_flags, run_files
+from synco.folder import default_folder
+from synco.launch import launch
 from synco.options import number
-from synco.trial import Trial, check_flags
+from synco.precision import Precision
+from synco.run import Run
 
 
-def parse():
-    parser = options.Parser(__doc__)
-    options.add_data(parser)
-    options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
-    options.add_classifier(parser)
-    options.add_skipping(parser)
-    options.add_distributed(parser)
-    options.add_speed(parser)
-    flag = parser.add_argument
-    flag("--train-percent", default=100, type=int, choices=(1, 10, 100), help="of the labels")
-    flag("--subset-file", metavar="FILE", help="list of the images to train on: class/file or wnid_N.JPEG, one a line")
-    flag("--write-subset", metavar="FILE", help="write that list, as --subset-file reads it")
-    flag("--weights", default="freeze", choices=("freeze", "finetune"), help="train the last layer alone, or all")
-    flag("--lr-backbone", default=0.0, type=number(float, 0), help="the backbone's learning rate")
-    flag("--lr-classifier", default=0.3, type=number(float, 0), help="the last layer's learning rate")
-    flag("--wd", "--weight-decay", default=1e-6, type=number(float, 0), dest="weight_decay", help="weight decay")
-    args = parser.parse_args()
-    check_flags(args)
-    return args
-
-
-def run(process, args):
+def train(process: distributed.Process, args) -> None:
+    """One process of a training on few labels."""
     finetune = args.weights == "finetune"
-    rates = f"lr{args.lr_backbone:g}-{args.lr_classifier:g}"
-    trial = Trial(process, args, "semisup", f"semisup-{args.train_percent}percent-{args.weights}-{rates}")
-    trial.read_images(lambda images: labelled(images, args))
-    network, last_layer = trial.make_network()
+    folder = f"semisup-{args.train_percent}percent-{args.weights}-lr{args.lr_backbone:g}-{args.lr_classifier:g}"
+    folder = default_folder(args, folder)
+    run = Run(process, args, flags().kinds, run_files("semisup"), save_dir=folder, evaluate=args.evaluate)
+    precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
+    choose = functools.partial(labelled, args=args, seed=run.seed)
+    task = Classifier(run, args, precision, frozen=not finetune, choose=choose)
+    if args.evaluate:
+        return task.evaluate()
+    network, last_layer = task.network, task.last_layer
     network.requires_grad_(finetune)
     last_layer.requires_grad_(True)
     groups = [{"params": list(last_layer.parameters()), "lr": args.lr_classifier}]
     if finetune:
-        inside = {id(parameter) for parameter in last_layer.parameters()}
-        backbone = [parameter for parameter in network.parameters() if id(parameter) not in inside]
+        inside = {id(weight) for weight in last_layer.parameters()}
+        backbone = [weight for weight in network.parameters() if id(weight) not in inside]
         groups.append({"params": backbone, "lr": args.lr_backbone})
-        trial.check_batch_norm()
-    optimizer = torch.optim.SGD(
-        groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=trial.precision.fused
-    )
-    trial.begin(optimizer)
-    if args.evaluate:
-        return trial.evaluate()
+        task.check_batch_norm()
+    weights = [weight for group in groups for weight in group["params"]]
+    optimizer = torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=precision.fused)
     if args.write_subset and process.rank == 0:
-        subsets.write_list(trial.train_images, args.write_subset)
+        subsets.write_list(task.images, args.write_subset)  # before a run that --overwrite gives up is removed
+    run.begin(
+        task.batches,
+        args.epochs * len(task.batches),
+        {"state_dict": network, "optimizer": optimizer, "scaler": precision},
+        facts=task.facts(),
+        identity=task.identity() | {"subset_sha256": subsets.digest(task.images)},
+        rates=("lr", "lr_backbone"),
+        results=lambda: {**task.results(), "scheduler": scheduler_state(args, run.epoch)},
+    )
     if finetune != (args.lr_backbone > 0):
         effect = "the backbone's weights will not move" if finetune else "the backbone stays frozen"
         distributed.warn(f"--weights {args.weights} with --lr-backbone {args.lr_backbone:g}: {effect}")
-
     learner = distributed.parallel(network, process.device)
-    for epoch in range(trial.start_epoch, args.epochs):
+
+    for epoch in run.epochs():
         for group, lr in zip(optimizer.param_groups, (args.lr_classifier, args.lr_backbone)):
             group["lr"] = lr * cosine(epoch, args.epochs)
         network.train(finetune)
-        trial.train(learner, optimizer, epoch, scheduler=scheduler_state(args, epoch))
-        if not finetune and epoch in (trial.start_epoch, args.epochs - 1):
-            trial.check_frozen()
-        trial.conclude(epoch, optimizer, scheduler=scheduler_state(args, epoch + 1))
-    trial.finish()
+        for step in run.steps(epoch):
+            images, labels = precision.place(step.batch)
+            with precision.autocast():
+                logits = learner(images)  # (N, C)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            norm = precision.backward(loss, optimizer, weights)
+            precision.step(optimizer)
+            step.record(loss, norm, **metrics.accuracy(logits, labels))
+        if not finetune and epoch in (run.first_epoch, args.epochs - 1):
+            task.check_frozen()
+        task.end_epoch(epoch)
+    task.finish()
 
 
-def labelled(images, args):
-    """The part of the training images whose labels are used."""
-    part, source = subsets.subset(images, args.train_percent, args.seed, args.subset_file)
-    args.subset_sha256 = subsets.digest(part)
+def labelled(images, args, seed: int):
+    """The part of the training images whose labels are used, `datasets.Images`."""
+    part, source = subsets.subset(images, args.train_percent, seed, args.subset_file)
     distributed.say(f"{'labels':18} {len(part)} of {len(images)} images: {source}")
     return part
 
 
-def cosine(epoch, epochs):
+def cosine(epoch: int, epochs: int) -> float:
     """The part of the first learning rate that is left at this epoch."""
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-def scheduler_state(args, done):
+def scheduler_state(args, done: int) -> dict:
     """The published key `scheduler`: what torch's CosineAnnealingLR would hold after that many epochs."""
     rates = [args.lr_classifier] + [args.lr_backbone] * (args.weights == "finetune")
     return {
@@ -111,5 +114,32 @@ def scheduler_state(args, done):
     }
 
 
+def flags() -> options.Parser:
+    """The command line: `identity` is what a run is, `schedule` how it learns, `free` may change when it goes on."""
+    parser = options.Parser(__doc__)
+    identity, schedule, free = parser.identity, parser.schedule, parser.free
+    options.add_data(parser)
+    options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
+    options.add_classifier(parser)
+    options.add_skipping(parser)
+    options.add_distributed(parser)
+    options.add_speed(parser)
+    identity("--train-percent", default=100, type=int, choices=(1, 10, 100), help="of the labels")
+    free("--subset-file", metavar="FILE", help="list of the images to train on: class/file or wnid_N.JPEG, one a line")
+    free("--write-subset", metavar="FILE", help="write that list, as --subset-file reads it")
+    identity("--weights", default="freeze", choices=("freeze", "finetune"), help="train the last layer alone, or all")
+    schedule("--lr-backbone", default=0.0, type=number(float, 0), help="the backbone's learning rate")
+    schedule("--lr-classifier", default=0.3, type=number(float, 0), help="the last layer's learning rate")
+    identity("--wd", "--weight-decay", default=1e-6, type=number(float, 0), dest="weight_decay", help="weight decay")
+    return parser
+
+
+def parse():
+    """The flags of the command line, checked."""
+    args = flags().parse_args()
+    check_flags(args)
+    return args
+
+
 if __name__ == "__main__":
-    distributed.launch(run, parse)
+    launch(train, parse)

@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from synco import distributed  # noqa: E402
+from synco.launch import command  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
 
 
@@ -101,4 +102,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    distributed.command(main, parse)
+    command(main, parse)

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks import textbook  # noqa: E402
-from synco import distributed  # noqa: E402
 from synco.builder import SynCo  # noqa: E402
+from synco.launch import command  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
 
 
@@ -115,4 +115,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    distributed.command(main, parse)
+    command(main, parse)

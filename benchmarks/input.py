@@ -23,8 +23,10 @@ from torch.utils.data import default_collate
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from synco import augment, datasets, distributed, loader, options  # noqa: E402
-from synco.options import Parser, UserError, number  # noqa: E402
+from synco import augment, datasets, decode, loader, options  # noqa: E402
+from synco.errors import UserError  # noqa: E402
+from synco.launch import command  # noqa: E402
+from synco.options import Parser, number  # noqa: E402
 
 
 def parse():
@@ -44,11 +46,11 @@ def parse():
 def decoders():
     """The ways to decode a file that keep PIL's pixels, as far as they are installed: {name: path → pixels}."""
     found = {
-        "PIL": loader.read_image,
+        "PIL": decode.read_image,
         "torchvision.io": lambda path: torchvision.io.decode_jpeg(
             torchvision.io.read_file(path), mode=torchvision.io.ImageReadMode.RGB
         ),
-        "synco.augment.read": augment.read,
+        "synco.decode.read_uint8": decode.read_uint8,
     }
     try:
         import simplejpeg
@@ -82,10 +84,10 @@ def main(args):
     chosen = random.Random(0).sample(range(len(paths)), min(args.images, len(paths)))
     parts = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
 
-    augmentation = loader.augmentation(args.img_size)
+    augmentation = augment.augmentation(args.img_size)
     pairs = {
         "cpu": loader.TwoCrops(pil, augmentation, seed=0),
-        "device": loader.TwoCrops(pil.raw(), augment.Crop(augmentation), seed=0),
+        "device": loader.TwoCrops(pil.as_uint8(), augment.Crop(augmentation), seed=0),
     }
     collated = {
         mode: lambda part, pairs=pairs: default_collate([pairs[0, i] for i in part]) for mode, pairs in pairs.items()
@@ -150,4 +152,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    distributed.command(main, parse)
+    command(main, parse)

@@ -22,8 +22,10 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from synco import datasets, distributed, index, loader  # noqa: E402
-from synco.options import Parser, UserError, number  # noqa: E402
+from synco import augment, datasets, distributed, index, loader  # noqa: E402
+from synco.errors import UserError  # noqa: E402
+from synco.launch import command  # noqa: E402
+from synco.options import Parser, number  # noqa: E402
 
 
 def parse():
@@ -68,7 +70,7 @@ def start(data, args):
     began = time.perf_counter()
     images = datasets.image_folder(data, "train")
     listed = time.perf_counter() - began
-    pairs = loader.TwoCrops(images, loader.augmentation(16), seed=0)
+    pairs = loader.TwoCrops(images, augment.augmentation(16), seed=0)
     batches = loader.train_loader(pairs, args.batch, process=distributed.Process(), workers=0, seed=0)
     next(iter(batches))
     return listed, time.perf_counter() - began
@@ -108,4 +110,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    distributed.command(main, parse)
+    command(main, parse)

@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+import types
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,13 @@ import torchvision
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from benchmarks import textbook  # noqa: E402
-from synco import distributed, metrics, options  # noqa: E402
-from synco.builder import SynCo, network_of  # noqa: E402
+from synco import metrics, options  # noqa: E402
+from synco.builder import SynCo  # noqa: E402
+from synco.launch import command  # noqa: E402
+from synco.networks import network_of  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
 from synco.precision import Precision, compile_encoders  # noqa: E402
+from synco.run import Step  # noqa: E402
 
 NONE = {f"n{i}": 0 for i in range(1, 7)}
 
@@ -64,7 +68,8 @@ def make(kind, counts, precision, args):
         compile_encoders(model, precision.device)
     optimizer = torch.optim.SGD(model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=precision.fused)
     parameters = list(model.encoder_q.parameters())
-    averages, finite = metrics.Averages(), metrics.Finite(precision.device)
+    run = types.SimpleNamespace(averages=metrics.Averages(), finite=metrics.Finite(precision.device))
+    accounts = Step(run, epoch=0, i=0, batch=None, is_printed=False)  # those of the program's own step
     size = (args.batch_size, 3, args.img_size, args.img_size)
     im_q, im_k = (precision.place(torch.randn(size, device=precision.device)) for _ in range(2))
 
@@ -74,9 +79,9 @@ def make(kind, counts, precision, args):
             logits, labels = model(im_q, im_k)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        bad = finite.watch(0, loss, precision.backward(loss, optimizer, parameters))
+        norm = precision.backward(loss, optimizer, parameters)
         precision.step(optimizer)
-        averages.add(loss=loss, bad=bad, **metrics.contrastive_accuracy(logits, args.moco_k))
+        accounts.record(loss, norm, **metrics.contrastive_accuracy(logits, args.moco_k))
         if precision.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -123,4 +128,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    distributed.command(main, parse)
+    command(main, parse)

@@ -29,9 +29,10 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from synco import checkpoint, metrics, survival  # noqa: E402
+from synco import checkpoint, metrics  # noqa: E402
+from synco.agreement import Agreement  # noqa: E402
 from synco.builder import SynCo  # noqa: E402
-from synco.options import UserError  # noqa: E402
+from synco.errors import UserError  # noqa: E402
 
 ARCH = "shufflenet_v2_x0_5"
 COMMON = f"-a {ARCH} --img-size 32 --seed 3 -p 4 --epochs 2 --resume auto --save-steps 2"
@@ -348,7 +349,7 @@ def _agree(rank, steps, port, results):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=2)
-    saves, x, gradient = survival.Saves(), torch.randn(400, 400), torch.randn(1 << 18)
+    saves, x, gradient = Agreement(), torch.randn(400, 400), torch.randn(1 << 18)
     times = {True: [], False: []}
     for step in range(steps):
         agreeing = step % 2 == 0  # turn about, so that a noisy machine disturbs both alike

@@ -18,8 +18,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from torchvision.models import ResNet
 
-from synco import checkpoint, distributed, export, metrics, options
-from synco.options import UserError
+from synco import backbone, checkpoint, export, files, metrics, options
+from synco.errors import UserError
+from synco.launch import command
 
 SUFFIXES = (".pkl",)  # by which detectron2 knows the format
 
@@ -38,12 +39,12 @@ def run(args):
         raise UserError(f"{args.checkpoint}: is of a {saved['arch']}; detectron2's names are those of ResNets alone")
     if saved["stem"] != "imagenet":
         raise UserError(f"{args.checkpoint}: is of a ResNet with the stem {saved['stem']!r}, which detectron2 has not")
-    if checkpoint.is_classifier(saved):
+    if backbone.is_classifier(saved):
         raise UserError(
             f"{args.checkpoint}: is a classifier's checkpoint, not a pretraining's; "
             "for its backbone convert what python -m synco.export makes of it"
         )
-    weights = {name: w for name, w in export.backbone(network, head).items() if not is_counter(name)}
+    weights = {name: w for name, w in export.without_head(network, head).items() if not is_counter(name)}
     facts = export.origin(saved, args.checkpoint)
     content = {
         "model": {detectron2_name(name): w.numpy() for name, w in weights.items()},
@@ -52,16 +53,16 @@ def run(args):
         **facts,
     }
     try:
-        with checkpoint.whole(args.output) as file:
+        with files.atomic_write(args.output) as file:
             pickle.dump(content, file)
     except OSError as error:
         raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
     if args.verbose:
         for name, w in weights.items():
             print(f"{name} → {detectron2_name(name)} {tuple(w.shape)}")
-    metrics.tell(facts)
+    metrics.print_facts(facts)
     report(saved["state_dict"], weights, head, verbose=args.verbose)
-    metrics.tell({"written": args.output})
+    metrics.print_facts({"written": args.output})
 
 
 def is_counter(name):
@@ -81,7 +82,7 @@ def detectron2_name(name):
 def report(state_dict, kept, head, *, verbose):
     """Print how many of a checkpoint's tensors were kept and dropped, and their size."""
     state = checkpoint.unprefixed(state_dict)
-    encoder = checkpoint.ENCODER if any(name.startswith(checkpoint.ENCODER) for name in state) else ""
+    encoder = backbone.ENCODER if any(name.startswith(backbone.ENCODER) for name in state) else ""
     rows = {"kept": {}, "dropped: head": {}, "dropped: counters": {}, "dropped: others": {}}
     for name, tensor in state.items():
         inner = name.removeprefix(encoder)
@@ -97,8 +98,8 @@ def report(state_dict, kept, head, *, verbose):
         for name in (name for kind in rows if kind != "kept" for name in rows[kind]):
             print(f"{name} dropped")
     for kind, tensors in rows.items():
-        print(f"{kind:18} {len(tensors):4} tensors  {export.size(tensors.values()):>9}")
+        print(f"{kind:18} {len(tensors):4} tensors  {export.size_in_words(tensors.values()):>9}")
 
 
 if __name__ == "__main__":
-    distributed.command(run, parse)
+    command(run, parse)

@@ -24,8 +24,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 
-from synco import checkpoint, distributed, options
-from synco.options import UserError
+from synco import checkpoint, files, options
+from synco.errors import UserError
+from synco.launch import command
 
 CONVERT = "convert-pretrain-to-detectron2.py makes it of a pretraining's checkpoint"
 
@@ -67,7 +68,7 @@ def run(args):
     if not args.eval_only:
         check_output(config, args.resume)
     check_weights(configuration(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"]))
-    checkpoint.make_folders(config.OUTPUT_DIR)
+    files.make_folders(config.OUTPUT_DIR)
     launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
 
 
@@ -196,4 +197,4 @@ def register_extra_norm():
 
 
 if __name__ == "__main__":
-    distributed.command(run, parse)
+    command(run, parse)

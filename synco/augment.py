@@ -1,6 +1,6 @@
 """Augmentation in two halves: the loading workers decode, crop and resize; the device does the rest, a batch at once.
 
-The recipe is the PIL pipeline's (`loader.augmentation`), whose steps are taken apart here. A worker makes a view's crop
+The recipe is the PIL pipeline's (`augmentation`), whose steps are taken apart here. A worker makes a view's crop
 in uint8 and draws the parameters of its other steps by the very calls of the PIL pipeline, in its order: a view has the
 parameters of the PIL pipeline's view of the same seed, epoch and image. They travel beside the crop as a few numbers,
 and `Finish` applies them to whole batches. The host has them, so it knows which images a step concerns without asking
@@ -10,53 +10,98 @@ Each step is torchvision's (transforms.v2.functional on float tensors), up to ro
 each step, turns hues by whole 256ths, and blurs by three box filters in place of a Gaussian kernel.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
-import torchvision
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from synco import loader
+from synco import decode, loader
 from synco.distributed import to_device
-from synco.options import UserError
+from synco.errors import UserError
+from synco.options import STATS
 
 BLUR_TAPS = 13  # the blur's kernel size: three standard deviations to both sides at the recipe's largest, 2 pixels
 
 
-def read(path):
-    """The image in a file as a uint8 tensor (3, H, W), with the pixels of `loader.read_image`.
+class GaussianBlur:
+    """PIL's Gaussian blur with a radius (its σ, in pixels) drawn uniformly from a range, as in SimCLR."""
 
-    JPEG files go through torchvision's decoder: it is libjpeg-turbo, as PIL's is, and makes the tensor without a copy.
-    Raises UserError that names a file which cannot be read.
+    def __init__(self, low: float = 0.1, high: float = 2.0):
+        self.low, self.high = low, high
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        radius = torch.empty(1).uniform_(self.low, self.high).item()
+        return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def to_tensor(stats: str = "imagenet") -> transforms.Compose:
+    """PIL image → float tensor (3, H, W), normalised with the `options.STATS` of that name."""
+    return transforms.Compose([transforms.ToTensor(), transforms.Normalize(*STATS[stats])])
+
+
+def augmentation(
+    size: int,
+    kind: str = "v2",
+    *,
+    blur: bool = False,
+    crop_scale: Sequence[float] | None = None,
+    stats: str = "imagenet",
+) -> transforms.Compose:
+    """The augmentation of one view. PIL image → (3, size, size).
+
+    kind: MoCo's "v2" (arXiv 2003.04297) or "v1" (arXiv 1911.05722), or "heavy", with RandAugment and random erasing,
+    of a published MoCHi trainer. Below 64 pixels the blur of "v2" and "heavy" is left out, as in MoCo's recipe for
+    CIFAR-10, unless `blur` asks for it.
+    crop_scale: least and greatest part of the image's area in a crop; None: (0.2, 1), of "heavy" (0.5, 1).
     """
-    try:
-        with Image.open(path) as image:  # reads the header only, and refuses monstrous sizes
-            # the decoder is deprecated since torchvision 0.29: PIL does as well, at 0.9 of the speed
-            if image.format != "JPEG" or not hasattr(torchvision.io, "decode_jpeg"):
-                return to_uint8(loader.read_image(path))
-        return torchvision.io.decode_jpeg(torchvision.io.read_file(path), mode=torchvision.io.ImageReadMode.RGB)
-    # PIL's word decides whether the file is good, and which is its fault
-    except (OSError, SyntaxError, ValueError, RuntimeError, IndexError, TypeError, Image.DecompressionBombError):
-        return to_uint8(loader.read_image(path))
+    crop = transforms.RandomResizedCrop(
+        size,
+        scale=crop_scale or ((0.5, 1.0) if kind == "heavy" else (0.2, 1.0)),
+        interpolation=InterpolationMode.BICUBIC if kind == "heavy" else InterpolationMode.BILINEAR,
+    )
+    flip = transforms.RandomHorizontalFlip()
+    blurs = [transforms.RandomApply([GaussianBlur()], p=0.5)] if blur or size >= 64 else []
+    if kind == "heavy":
+        operations = transforms.RandAugment(num_ops=2, magnitude=9)
+        erasing = transforms.RandomErasing(p=0.25)
+        return transforms.Compose([crop, flip, operations, *blurs, to_tensor(stats), erasing])
+    grayscale = transforms.RandomGrayscale(p=0.2)
+    if kind == "v2":
+        jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+        return transforms.Compose([crop, jitter, grayscale, *blurs, flip, to_tensor(stats)])
+    return transforms.Compose([crop, grayscale, transforms.ColorJitter(0.4, 0.4, 0.4, 0.4), flip, to_tensor(stats)])
 
 
-def to_uint8(image):
-    """A PIL image, or the uint8 tensor (3, H, W) that it is already, as a uint8 tensor (3, H, W)."""
-    return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+def classifier_augmentation(size: int, stats: str = "imagenet") -> transforms.Compose:
+    """A training view of the linear probe and of fine-tuning: a random crop and flip. PIL image → (3, size, size)."""
+    crop, flip = transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()
+    return transforms.Compose([crop, flip, to_tensor(stats)])
+
+
+def center_view(size: int, stats: str = "imagenet") -> transforms.Compose:
+    """The centre of an image: resized to 256/224 of `size` (below 64 pixels to `size`), centre-cropped.
+
+    PIL image → (3, size, size).
+    """
+    resized = size if size < 64 else round(size * 256 / 224)
+    return transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size), to_tensor(stats)])
 
 
 class Crop:
     """The workers' half of an augmentation: image → (crop uint8 (3, S, S), parameters (P,) of the other steps).
 
-    augmentation: from `loader.augmentation`; image: PIL, or uint8 (3, H, W). Draws from torch's default generator.
+    augmentation: from `augment.augmentation`; image: PIL, or uint8 (3, H, W). Draws from torch's default generator.
     Raises UserError that names a step of the augmentation which the device does not have.
     """
 
-    def __init__(self, augmentation):
+    def __init__(self, augmentation: transforms.Compose):
         self.crop, self.steps = _apart(augmentation)
 
-    def __call__(self, image):
-        image, crop = to_uint8(image), self.crop
+    def __call__(self, image: Image.Image | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image, crop = decode.to_uint8(image), self.crop
         box = crop.get_params(image, crop.scale, crop.ratio)
         view = F.resized_crop(image, *box, crop.size, crop.interpolation, antialias=True)  # v2's, which stays in uint8
         return view, torch.tensor([number for step in self.steps for number in step.draw()])
@@ -68,10 +113,10 @@ class Finish:
     crops: uint8 (N, 3, S, S), on the CPU or the device already; parameters (N, P), on the CPU.
     """
 
-    def __init__(self, augmentation, device):
+    def __init__(self, augmentation: transforms.Compose, device: torch.device):
         self.steps, self.device = _apart(augmentation)[1], device
 
-    def __call__(self, crops, parameters):
+    def __call__(self, crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         x = crops.to(self.device, non_blocking=True).float().div_(255)
         for step, part in zip(self.steps, parameters.split([len(step.neutral) for step in self.steps], dim=1)):
             x = step(x, part)
@@ -81,14 +126,14 @@ class Finish:
 class Finished:
     """A loader of pairs of `Crop`s as one of finished views: items im_q, im_k (N, 3, S, S) on the device, index."""
 
-    def __init__(self, batches, finish):
+    def __init__(self, batches: loader.Loader, finish: Finish):
         self.batches, self.finish = batches, finish
         self.batch_sampler, self.dataset = batches.batch_sampler, batches.dataset
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for q, k, index in self.batches:
             yield self.finish(*q), self.finish(*k), index
 
@@ -120,14 +165,14 @@ def _flat(augmentation):
 class _Sometimes:
     """RandomApply: the step with probability p, else its neutral parameters."""
 
-    def __init__(self, step, p):
+    def __init__(self, step: Callable, p: float):
         self.step, self.p, self.neutral = step, p, step.neutral
 
-    def draw(self):
+    def draw(self) -> Sequence[float]:
         """The step's parameters, or its neutral ones."""
         return self.neutral if self.p < torch.rand(1) else self.step.draw()
 
-    def __call__(self, x, parameters):
+    def __call__(self, x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         return self.step(x, parameters)
 
 
@@ -137,16 +182,16 @@ class Jitter:
     neutral = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0)
     HUE = 3
 
-    def __init__(self, jitter):
+    def __init__(self, jitter: transforms.ColorJitter):
         self.jitter = jitter
 
-    def draw(self):
+    def draw(self) -> Sequence[float]:
         """Four factors, then the order of the four parts: eight numbers."""
         j = self.jitter
         order, *drawn = j.get_params(j.brightness, j.contrast, j.saturation, j.hue)
         return [kept if new is None else new for kept, new in zip(self.neutral, drawn)] + order.tolist()
 
-    def __call__(self, x, parameters):
+    def __call__(self, x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         factors, order = parameters[:, :4], parameters[:, 4:].long()
         for part in order.unbind(1):  # (N,): which of the four comes now
             factor = factors.gather(1, part[:, None]).squeeze(1)
@@ -161,31 +206,31 @@ class Grayscale:
 
     neutral = (0.0,)
 
-    def __init__(self, grayscale):
+    def __init__(self, grayscale: transforms.RandomGrayscale):
         self.p = grayscale.p
 
-    def draw(self):
+    def draw(self) -> Sequence[float]:
         """1 with probability p, else 0."""
         return (float(torch.rand(1) < self.p),)
 
-    def __call__(self, x, parameters):
+    def __call__(self, x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         gray = parameters[:, 0]
         return mixed_with_gray(x, 1 - gray, gray, torch.zeros_like(gray))
 
 
 class Blur:
-    """loader.GaussianBlur; parameter: the standard deviation in pixels, 0 for none."""
+    """GaussianBlur; parameter: the standard deviation in pixels, 0 for none."""
 
     neutral = (0.0,)
 
-    def __init__(self, blur):
+    def __init__(self, blur: GaussianBlur):
         self.low, self.high = blur.low, blur.high
 
-    def draw(self):
+    def draw(self) -> Sequence[float]:
         """A standard deviation from the range, uniformly."""
         return (torch.empty(1).uniform_(self.low, self.high).item(),)
 
-    def __call__(self, x, parameters):
+    def __call__(self, x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         sigma = parameters[:, 0]
         return _only(x, sigma > 0, blurred, sigma)
 
@@ -195,14 +240,14 @@ class Flip:
 
     neutral = (0.0,)
 
-    def __init__(self, flip):
+    def __init__(self, flip: transforms.RandomHorizontalFlip):
         self.p = flip.p
 
-    def draw(self):
+    def draw(self) -> Sequence[float]:
         """1 with probability p, else 0."""
         return (float(torch.rand(1) < self.p),)
 
-    def __call__(self, x, parameters):
+    def __call__(self, x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         return _only(x, parameters[:, 0] > 0, lambda chosen: chosen.flip(3))
 
 
@@ -211,21 +256,21 @@ class Normalize:
 
     neutral = ()
 
-    def __init__(self, normalize):
+    def __init__(self, normalize: transforms.Normalize):
         self.mean, self.std = (torch.as_tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
 
-    def draw(self):
+    def draw(self) -> Sequence[float]:
         """Nothing: there is nothing to draw."""
         return ()
 
-    def __call__(self, x, parameters):
+    def __call__(self, x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         return x.sub_(to_device(self.mean, x.device)).div_(to_device(self.std, x.device))
 
 
 STEPS = {
     transforms.ColorJitter: Jitter,
     transforms.RandomGrayscale: Grayscale,
-    loader.GaussianBlur: Blur,
+    GaussianBlur: Blur,
     transforms.RandomHorizontalFlip: Flip,
     transforms.Normalize: Normalize,
 }
@@ -244,7 +289,7 @@ def _only(x, chosen, function, *parameters):
     return x.index_copy_(0, there, function(x.index_select(0, there), *parts))
 
 
-def mixed_with_gray(x, own, gray, mean):
+def mixed_with_gray(x: torch.Tensor, own: torch.Tensor, gray: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """own · x + gray · L + mean · (mean of L), clamped to [0, 1], in place; L is the image in gray.
 
     Brightness, contrast, saturation and grayscale are all of this form. x (N, 3, H, W) in [0, 1]; own, gray, mean
@@ -256,7 +301,7 @@ def mixed_with_gray(x, own, gray, mean):
     return x.mul_(own).add_(L.mul_(gray).add_(mean * average)).clamp_(0, 1)
 
 
-def turned_hue(x, turn):
+def turned_hue(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Hues turned by a part of the circle in [-0.5, 0.5]; x (N, 3, H, W) in [0, 1], turn (N,).
 
     Saturation and value of HSV stay: with h in sixths of the circle, and k = 5, 3, 1 for red, green, blue,
@@ -274,7 +319,7 @@ def turned_hue(x, turn):
     return high[:, None] - range_[:, None] * torch.minimum(j, 4 - j).clamp_(0, 1)
 
 
-def blurred(x, sigma, taps=BLUR_TAPS):
+def blurred(x: torch.Tensor, sigma: torch.Tensor, taps: int = BLUR_TAPS) -> torch.Tensor:
     """Gaussian blur with a kernel of taps × taps and reflected borders; x (N, 3, H, W), sigma (N,) in pixels.
 
     Blurring a row of pixels is a product with a matrix, and so is blurring a column: two batched products in all.

@@ -2,17 +2,19 @@
 
 import contextlib
 import copy
-from functools import partial
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from torch.autograd.function import once_differentiable
 
 from synco import distributed
 from synco.negatives import TYPES, hardest, synthesize
-from synco.options import UserError
+from synco.networks import head_name, replace, split_batch_norm
+
+_SYNTHESIS = inspect.signature(synthesize).parameters  # the one place of its settings' defaults
 
 
 class SynCo(nn.Module):
@@ -39,33 +41,33 @@ class SynCo(nn.Module):
 
     def __init__(
         self,
-        base_encoder,
-        dim=128,
-        K=65536,
-        m=0.999,
-        T=0.07,
-        mlp=True,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        mlp: bool = True,
         *,
-        n_hard=1024,
-        n1=256,
-        n2=256,
-        n3=256,
-        n4=64,
-        n5=64,
-        n6=64,
-        alpha=0.5,
-        beta=1.5,
-        gamma=1.0,
-        sigma=0.01,
-        delta=0.01,
-        eta=0.01,
-        warmup_epochs=10,
-        stop_epoch=None,
-        symmetric=False,
-        mask_same_image=False,
-        bn_splits=1,
-        seed=0,
-    ):
+        n_hard: int = 1024,
+        n1: int = 256,
+        n2: int = 256,
+        n3: int = 256,
+        n4: int = 64,
+        n5: int = 64,
+        n6: int = 64,
+        alpha: float = _SYNTHESIS["alpha"].default,
+        beta: float = _SYNTHESIS["beta"].default,
+        gamma: float = _SYNTHESIS["gamma"].default,
+        sigma: float = _SYNTHESIS["sigma"].default,
+        delta: float = _SYNTHESIS["delta"].default,
+        eta: float = _SYNTHESIS["eta"].default,
+        warmup_epochs: float | Sequence[float] = 10,
+        stop_epoch: float | None = None,
+        symmetric: bool = False,
+        mask_same_image: bool = False,
+        bn_splits: int = 1,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.counts = (n1, n2, n3, n4, n5, n6)
         several = "six numbers " if isinstance(warmup_epochs, (list, tuple)) else ""
@@ -112,13 +114,21 @@ class SynCo(nn.Module):
         if mask_same_image:
             self.register_buffer("queue_index", torch.full((K,), -1), persistent=False)
 
-    def counts_at(self, epoch):
+    def counts_at(self, epoch: float | None) -> tuple[int, ...]:
         """How many negatives of each type a query gets at this epoch (int, fraction, or None: synthesise)."""
         if epoch is None:
             return self.counts
         return tuple(n if start <= epoch < self.stop_epoch else 0 for n, start in zip(self.counts, self.starts))
 
-    def forward(self, im_q, im_k, epoch=None, *, step=None, index=None):
+    def forward(
+        self,
+        im_q: torch.Tensor,
+        im_k: torch.Tensor,
+        epoch: float | None = None,
+        *,
+        step: int | None = None,
+        index: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """One training step's logits; moves the key encoder and puts the keys into the queue.
 
         im_q, im_k: two views of each of N images, (N, 3, H, W); epoch: see `counts_at`; step: seeds the draws
@@ -158,7 +168,15 @@ class SynCo(nn.Module):
             self.queue_index.index_copy_(0, slots, distributed.gather(index).repeat(len(ways)))
         return logits, labels
 
-    def logits(self, q, k, slots, counts, generator=None, index=None):
+    def logits(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        slots: torch.Tensor,
+        counts: Sequence[int],
+        generator: torch.Generator | None = None,
+        index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The loss head: q, k (N, C) unit rows → (N, 1 + K + S), see `forward`; the gradient flows to q alone.
 
         It computes in float32 under autocast, too, and without TensorFloat-32.
@@ -254,19 +272,31 @@ def _wide_mm(a, b):
 
 
 @contextlib.contextmanager
-def full_precision(device):
-    """Without autocast, and with products in float32 proper."""
-    before = torch.get_float32_matmul_precision()
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Without autocast, and with products in float32 proper; afterwards torch's settings are what they were.
+
+    From torch 2.9 on there are two interfaces to them. The older one sets both; where they differ it refuses to be
+    read, and some versions to compute. What torch.compile has compiled is good for the settings of then alone.
+    """
+    both = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    newer = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if both else []
+    newer_before = [products.fp32_precision for products in newer]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # they differ: the newer one alone was set
+        before = "highest"
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for products, precision in zip(newer, newer_before):
+            products.fp32_precision = precision
 
 
 @torch.no_grad()
-def update_ema(slow, fast, m):
+def update_ema(slow: nn.Module, fast: nn.Module, m: float) -> None:
     """slow ← m · slow + (1 − m) · fast, in place.
 
     Parameters only: as in MoCo, the key encoder keeps its own BatchNorm statistics.
@@ -274,149 +304,18 @@ def update_ema(slow, fast, m):
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - m)
 
 
-def head_name(network, dim):
-    """The name of a network's last linear layer with `dim` outputs: its head, by what it is and not by its name.
+class QueueIndex:
+    """A model's `queue_index` as a part of a run's state that is kept beside the published state dict."""
 
-    Raises ValueError if there is none.
-    """
-    names = [name for name, m in network.named_modules() if isinstance(m, nn.Linear) and m.out_features == dim]
-    if not names:
-        raise ValueError(f"{type(network).__name__} has no linear layer with {dim} outputs to serve as its head")
-    return names[-1]
+    def __init__(self, model: SynCo) -> None:
+        self.index = model.queue_index
 
+    def state_dict(self) -> torch.Tensor:
+        """(K,) the number of each row's image."""
+        return self.index
 
-def replace(network, name, module):
-    """Put `module` in the place of the submodule of that name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, module)
-
-
-class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over `splits` equal parts of the batch, each with its own statistics: k GPUs on one (MoCo's demo).
-
-    Part s holds the images s, s + k, s + 2k, ...: taking every k-th image needs no copy. In train mode the running
-    statistics move by the mean of what each part alone would move them by; in eval mode this is BatchNorm.
-    x (N, C, H, W); raises ValueError if `splits` does not divide N.
-    """
-
-    def __init__(self, *args, splits, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.splits = splits
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        N, C, H, W = x.shape
-        k = self.splits
-        if N % k:
-            raise ValueError(f"a batch of {N} cannot be normalised in {k} equal splits")
-        mean, var = self.running_mean.repeat(k), self.running_var.repeat(k)
-        y = F.batch_norm(
-            x.reshape(N // k, k * C, H, W),
-            mean,
-            var,
-            self.weight.repeat(k),
-            self.bias.repeat(k),
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-        self.running_mean.copy_(mean.view(k, C).mean(0))
-        self.running_var.copy_(var.view(k, C).mean(0))
-        self.num_batches_tracked.add_(1)
-        return y.view(N, C, H, W)
-
-
-def split_batch_norm(network, splits):
-    """Put a `SplitBatchNorm2d` in the place of every BatchNorm2d. Raises ValueError if the network has none."""
-    every = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [(name, m) for name, m in every if type(m) is nn.BatchNorm2d]
-    if not norms or len(norms) < len(every):
-        kinds = ", ".join(sorted({type(m).__name__ for _, m in every} - {"BatchNorm2d"})) or "no BatchNorm2d"
-        raise ValueError(f"bn_splits is {splits}: {type(network).__name__} has {kinds}, which cannot be split")
-    for name, norm in norms:
-        split = SplitBatchNorm2d(norm.num_features, norm.eps, norm.momentum, splits=splits)
-        split.load_state_dict(norm.state_dict())
-        replace(network, name, split)
-
-
-def network_of(arch, img_size, stem="imagenet"):
-    """A callable that takes `num_classes` and returns the network of that name, randomly initialised.
-
-    arch: one of torchvision's classification networks, or timm:NAME; stem: "cifar" for `small_stem`.
-    """
-    make = _timm_network(arch, img_size) if arch.startswith("timm:") else _torchvision_network(arch, img_size)
-    return make if stem == "imagenet" else lambda num_classes: small_stem(make(num_classes=num_classes))
-
-
-def _torchvision_network(arch, img_size):
-    options = {}
-    if arch in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}  # one output, and torchvision's own initialisation
-    elif arch.startswith("vit_"):
-        options = {"image_size": img_size}
-    elif arch.startswith("maxvit"):
-        options = {"input_size": (img_size, img_size)}
-    return partial(torchvision.models.get_model, arch, weights=None, **options)
-
-
-def _timm_network(arch, img_size):
-    import timm  # an optional package, used for these networks alone
-
-    name = arch.removeprefix("timm:")
-    known = timm.models.get_pretrained_cfg(name)
-    options = {"img_size": img_size} if known and known.fixed_input_size else {}
-    return partial(timm.create_model, name, pretrained=False, **options)
-
-
-def small_stem(network):
-    """Give a ResNet the stem of MoCo's recipe for CIFAR-10: a 3×3 convolution of stride 1, and no max-pool.
-
-    Raises ValueError if the network does not begin with a ResNet's 7×7 convolution and max-pool.
-    """
-    conv, pool = getattr(network, "conv1", None), getattr(network, "maxpool", None)
-    if not isinstance(conv, nn.Conv2d) or conv.kernel_size != (7, 7) or not isinstance(pool, nn.MaxPool2d):
-        raise ValueError(f"{type(network).__name__} has no ResNet's stem to replace with that for small images (cifar)")
-    network.conv1 = nn.Conv2d(3, conv.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's ResNets
-    network.maxpool = nn.Identity()
-    return network
-
-
-@contextlib.contextmanager
-def fitting(arch, img_size):
-    """Around the building and the first use of a network: what it cannot do becomes a UserError of one line."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, UserError):
-        raise
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"-a {arch} --img-size {img_size}: {str(error).splitlines()[0]}") from error
-
-
-@torch.no_grad()
-def try_images(network, arch, img_size):
-    """Raise UserError if a network cannot take images of that size. It is left in eval mode."""
-    network.eval()
-    device = next(network.parameters()).device
-    with fitting(arch, img_size):
-        network(torch.zeros(2, 3, img_size, img_size, device=device))
-
-
-def encode(network, head, images):
-    """What enters the head, the backbone's features, and the network's outputs.
-
-    images (N, 3, H, W) → (N, D), (N, C).
-    """
-    caught = []
-    hook = network.get_submodule(head).register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
-    try:
-        outputs = network.forward(images)  # not the call, which a compiled network answers without its layers' hooks
-    finally:
-        hook.remove()
-    return caught[0].flatten(1), outputs
-
-
-def features(network, head, images):
-    """What enters the head: the backbone's features. images (N, 3, H, W) → (N, D)."""
-    return encode(network, head, images)[0]
+    def load_state_dict(self, index: torch.Tensor) -> None:
+        """Raises ValueError if there is none, or one of another shape."""
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.shape != self.index.shape:
+            raise ValueError(f"--mask-same-image: it does not say of which images its {len(self.index)} rows are")
+        self.index.copy_(index)

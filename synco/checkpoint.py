@@ -1,22 +1,18 @@
-"""Checkpoints: written atomically, loaded without executing anything, resumed exactly; ours, SynCo's and MoCo's."""
+"""The checkpoint file: written whole and sealed, loaded without executing anything, its tensors checked."""
 
-import contextlib
 import glob
 import hashlib
-import json
 import os
 import pickle
 import re
-import secrets
 import struct
-import tempfile
 import warnings
 import zipfile
 
 import torch
 
-from synco import distributed, loader, metrics, survival
-from synco.options import UserError
+from synco import files
+from synco.errors import UserError
 
 # what torch, zipfile and pickle raise on files that are truncated or of another kind
 DAMAGED = (
@@ -25,36 +21,7 @@ DAMAGED = (
 )  # fmt: skip
 
 PREFIX = "module."  # what DistributedDataParallel writes, and what the published tools expect
-ENCODER = "encoder_q."  # the query encoder in a pretraining checkpoint
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights are stored in
-AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvision's weights, which we do not build
-
-
-@contextlib.contextmanager
-def whole(path):
-    """A binary file to write to, in the same folder; flushed to disk and renamed: `path` is whole at every moment."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    file = open(temporary, "xb")  # x: a new file, never one that is there
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def _sync_folder(folder):
-    """Flush a folder's entries to disk, where the system lets a folder be opened: a rename is one of them."""
-    with contextlib.suppress(OSError):
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 class _Hashing:
@@ -89,7 +56,7 @@ def save(checkpoint, path):
     """
     for left in glob.glob(f"{glob.escape(path)}.????????.tmp"):
         os.remove(left)
-    with whole(path) as file:
+    with files.atomic_write(path) as file:
         hashing = _Hashing(file)
         try:
             torch.save(checkpoint, hashing)
@@ -97,21 +64,6 @@ def save(checkpoint, path):
             raise hashing.error or RuntimeError(f"{path}: torch cannot write it") from None
         file.seek(-2, os.SEEK_END)
         file.write(struct.pack("<H", SEALED) + b"synco sha256 " + hashing.digest.hexdigest().encode())
-
-
-def try_to_save(checkpoint, path):
-    """`save`, if it can: a line that says why not, for the run to go on until the next save, or "".
-
-    Raises FloatingPointError if weights or momentum are not finite: such a file would replace a good one.
-    """
-    check_before_saving(checkpoint)
-    try:
-        save(checkpoint, path)
-        return ""
-    except OSError as error:
-        problem = f"{path}: cannot be written ({error.strerror or error}); the checkpoint before it is whole"
-        distributed.warn(problem)
-        return problem
 
 
 def check_whole(path):
@@ -148,6 +100,8 @@ def check_whole(path):
             digest.update(b"\0\0")
             if digest.hexdigest().encode() != seal[1]:
                 raise damaged
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except DAMAGED as error:
         raise error if error is damaged else damaged from error
 
@@ -166,7 +120,7 @@ def load(path):
     Raises UserError that names a file which is missing, truncated, not a checkpoint, or needs more than tensors.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint file")
+        raise UserError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such checkpoint file'}")
     check_whole(path)
     try:
         with warnings.catch_warnings():
@@ -196,96 +150,47 @@ def _first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
-def find(args, mine, own):
-    """What --resume asks for: (path, the loaded checkpoint), or (None, None) for a fresh start. For every process.
-
-    mine: the checkpoints of a run of this program in --save-dir, oldest first; own: the names of its other files. With
-    'auto' the newest that is whole; a warning says which ones are not.
-    """
-    path = saved = None
-    if distributed.rank() == 0:
-        path = resume_path(args, mine, own)
-        damaged = []
-        for path in reversed(mine) if args.resume == "auto" else []:
-            try:
-                saved = load(path)
-                break
-            except UserError as error:
-                damaged.append(str(error))
-        if damaged and saved is None:
-            raise UserError(f"--resume auto: no checkpoint in {args.save_dir} is whole, the newest: {damaged[0]}")
-        for why in damaged:
-            distributed.warn(f"{why}; going on from {path}")
-    path = distributed.from_rank_0(path)
-    if path and saved is None:
-        saved = load(path)
-    return path, saved
+def prefixed(state_dict: dict) -> dict:
+    """A state dict under the published names, `module.` included however the run was launched."""
+    return {PREFIX + name: value for name, value in state_dict.items()}
 
 
-def numbered(folder):
-    """The pretraining checkpoints of a folder: [(epoch number in the name, path)], oldest first."""
-    found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.pth.tar")):
-        match = re.fullmatch(r"checkpoint_(\d{4,})\.pth\.tar", os.path.basename(path))
-        if match:
-            found.append((int(match[1]), path))
-    return sorted(found)
-
-
-def prefixed(model):
-    """The state dict of a model under the published names, `module.` included however the run was launched."""
-    return {PREFIX + name: value for name, value in model.state_dict().items()}
-
-
-def unprefixed(state_dict):
+def unprefixed(state_dict: dict) -> dict:
     """A state dict without `module.`."""
     return {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
 
 
-def resume(checkpoint, path, model, optimizer, arch):
-    """Load a pretraining checkpoint of ours, SynCo's or MoCo's into a model and its optimiser → epochs done.
+def load_model(checkpoint: dict, path: str, model: torch.nn.Module) -> None:
+    """Load a checkpoint's weights and buffers into a model; MoCo's (C, K) queue is turned.
 
-    MoCo's (C, K) queue is turned. Raises UserError that names what is missing, of another shape or another network;
-    model and optimiser are then as they were.
+    Raises UserError that names what is missing, of another shape or not finite; the model is then as it was.
     """
-    missing = [key for key in ("epoch", "arch", "optimizer") if key not in checkpoint]
-    if missing:
-        raise UserError(f"{path}: not a pretraining checkpoint that can be resumed: it has no {', '.join(missing)}")
-    if checkpoint["arch"] != arch:
-        raise UserError(f"{path}: is a checkpoint of {checkpoint['arch']!r}; --arch is {arch!r}")
-    check_epoch(checkpoint, path)
-
-    wanted = model.state_dict()
-    found = unprefixed(checkpoint["state_dict"])
-    if "queue" in found and found["queue"].shape != wanted["queue"].shape == found["queue"].T.shape:
-        found["queue"] = found["queue"].T.contiguous()
-    wrong = differences(found, wanted)
-    if wrong:
-        raise UserError(f"{path}: does not fit this model (dim, K, mlp?): {wrong}")
-    check_values(found, path, wanted)
-    load_optimizer(checkpoint, path, optimizer)
-    model.load_state_dict(found)
-    return checkpoint["epoch"]
+    wanted, weights = model.state_dict(), unprefixed(checkpoint["state_dict"])
+    queues = weights.get("queue"), wanted.get("queue")
+    if None not in queues and queues[0].shape != queues[1].shape == queues[0].T.shape:
+        weights["queue"] = queues[0].T.contiguous()
+    problem = differences(weights, wanted)
+    if problem:
+        raise UserError(f"{path}: does not fit this model (dim, K, mlp?): {problem}")
+    check_values(weights, path, wanted)
+    model.load_state_dict(weights)
 
 
-def resume_index(checkpoint, path, queue_index):
-    """Put a checkpoint's `queue_index`, the images' numbers of the queue's rows, into the model's, both (K,).
-
-    Raises UserError if there is none, or one of another shape.
-    """
-    found = checkpoint.get("queue_index")
-    if not isinstance(found, torch.Tensor) or found.dtype != torch.int64 or found.shape != queue_index.shape:
-        raise UserError(f"{path}: --mask-same-image: it does not say of which images its {len(queue_index)} rows are")
-    queue_index.copy_(found)
+def unreadable(checkpoint: dict | None, path: str | None, count: int) -> list[int]:
+    """The numbers of the images, of `count`, that a run could not read before; none without a checkpoint."""
+    numbers = checkpoint.get("skipped", []) if checkpoint else []
+    if not isinstance(numbers, list) or not all(isinstance(i, int) and 0 <= i < count for i in numbers):
+        raise UserError(f"{path}: its list of replaced images is none")
+    return numbers
 
 
-def check_epoch(checkpoint, path):
+def check_epoch(checkpoint: dict, path: str) -> None:
     """Raise UserError unless its epoch is a number of epochs done."""
     if not isinstance(checkpoint["epoch"], int) or checkpoint["epoch"] < 0:
         raise UserError(f"{path}: its epoch is {checkpoint['epoch']!r}, not a number of epochs done")
 
 
-def position(checkpoint, path, steps):
+def position(checkpoint: dict, path: str, steps: int) -> int:
     """How many steps a run has done, of `steps` an epoch; one that does not say stopped after a whole epoch, as MoCo's
     and SynCo's own do. Raises UserError if it makes no sense here."""
     epoch = checkpoint["epoch"]
@@ -300,42 +205,10 @@ def position(checkpoint, path, steps):
     return step + epoch * (steps - per)
 
 
-def resume_averages(checkpoint, path, averages, process):
-    """Load the averages since the last progress line, so that the next line is that of a run which never stopped."""
-    if checkpoint.get("averages") is not None:
-        try:
-            averages.restore(checkpoint["averages"], process.rank, process.world_size, process.device)
-        except ValueError as error:
-            raise UserError(f"{path}: its averages are {error}") from error
-
-
-def skipped(checkpoint, path, count):
-    """The numbers of the bad images, of `count`, that a run had replaced before; none without a checkpoint."""
-    found = checkpoint.get("skipped", []) if checkpoint else []
-    if not isinstance(found, list) or not all(isinstance(index, int) and 0 <= index < count for index in found):
-        raise UserError(f"{path}: its list of replaced images is none")
-    return found
-
-
-def tell_resumed(path, position, process, before, changed):
-    """Print what a run goes on from, and what differs from the run before. position: (epochs, steps of the next)."""
-    epochs, steps = position
-    within = f" and {steps} steps of the next" if steps else ""
-    metrics.tell({"resumed": f"{path}, {epochs} epochs{within} done"})
-    if before.get("processes", process.world_size) != process.world_size:
-        metrics.tell(
-            {
-                "processes": f"{before['processes']} → {process.world_size}: the same images in each step, but not the "
-                "same numbers, as BatchNorm sees other parts of them"
-            }
-        )
-    if changed:
-        metrics.tell({"changed": "; ".join(changed)})
-
-
-def load_optimizer(checkpoint, path, optimizer):
+def load_optimizer(checkpoint: dict, path: str, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint's momentum; learning rate, momentum's factor and weight decay stay those of the command line.
 
+    Each tensor gets its parameter's layout, whatever that of the run before was: a fused step pairs them by memory.
     Raises UserError if it does not fit; the optimiser is then as it was.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -355,6 +228,10 @@ def load_optimizer(checkpoint, path, optimizer):
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({_first_line(error)})") from error
+    for parameter, state in optimizer.state.items():
+        for name, tensor in state.items():
+            if isinstance(tensor, torch.Tensor) and tensor.dim():
+                state[name] = torch.empty_like(parameter).copy_(tensor)
 
 
 def differences(found, wanted):
@@ -376,49 +253,6 @@ def differences(found, wanted):
         for kind, names in kinds.items()
         if names
     )
-
-
-def backbone(checkpoint, path, head="fc", *, arch=None, classifier=False):
-    """The backbone's weights in a checkpoint, under torchvision's names, without the head.
-
-    checkpoint: from `load`: ours, SynCo's or MoCo's pretraining (the query encoder is taken), or a network of
-    torchvision's, with or without `module.`; a trained classifier with `classifier=True` alone.
-    head: the head's name, left out; arch: the network's name, compared with the checkpoint's if it has one.
-    Raises UserError if the checkpoint is of another network or a classifier's.
-    """
-    if arch and checkpoint.get("arch", arch) != arch:
-        raise UserError(f"{path}: is a checkpoint of {checkpoint['arch']!r}; --arch is {arch!r}")
-    if is_classifier(checkpoint) and not classifier:
-        raise UserError(f"{path}: is a classifier's checkpoint; --pretrained takes a pretraining's")
-    weights = unprefixed(checkpoint["state_dict"])
-    if is_pretraining(checkpoint):
-        weights = {name.removeprefix(ENCODER): w for name, w in weights.items() if name.startswith(ENCODER)}
-    return {name: w for name, w in weights.items() if not name.startswith((head + ".", *AUXILIARY))}
-
-
-def is_classifier(checkpoint):
-    """Whether it comes from a linear probe or a fine-tuning."""
-    return "best_acc1" in checkpoint
-
-
-def is_pretraining(checkpoint):
-    """Whether it comes from a contrastive pretraining."""
-    return any(name.startswith(ENCODER) for name in unprefixed(checkpoint["state_dict"]))
-
-
-def load_backbone(network, head, weights, path):
-    """Put a `backbone` into a network, all but its head → how many tensors.
-
-    Raises UserError that names the tensors that are missing, unknown, of another shape or not finite; the network is
-    then as it was.
-    """
-    wanted = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head + ".")}
-    wrong = differences(weights, wanted)
-    if wrong:
-        raise UserError(f"{path}: its weights do not fit this network: {wrong}")
-    check_values(weights, path, wanted)
-    network.load_state_dict(weights, strict=False)  # strict but for the head
-    return len(weights)
 
 
 def check_real(weights, path, whole=()):
@@ -459,158 +293,3 @@ def check_before_saving(content):
     broken = not_finite(tensors)
     if broken:
         raise FloatingPointError(f"{broken[0]} is not finite ({len(broken)} such tensors); nothing was saved")
-
-
-def check_finite(finite, batches, epoch, i, rates, mine, folder):
-    """Raise FloatingPointError if a loss or gradient was not finite up to step i of an epoch; for every process.
-
-    It names the first such step, the learning rates (`rates`) and the newest of the checkpoints `mine`;
-    nonfinite.json in `folder` has the images of that step.
-    """
-    first = finite.first_bad(distributed.from_all)
-    if first is None:
-        return
-    images = loader.images_of(batches, epoch, first)
-    report = os.path.join(folder, "nonfinite.json")
-    if distributed.rank() == 0:
-        with contextlib.suppress(OSError), whole(report) as file:
-            content = {"epoch": epoch, "step": first, "noticed": i, "rates": rates, "images": images}
-            file.write(json.dumps(content, indent=1).encode() + b"\n")
-    raise FloatingPointError(
-        f"the loss or its gradient is not finite from step {first} of epoch {epoch} on ({rates}; noticed at step {i}); "
-        f"its images: {report}; last good checkpoint: {mine[-1] if mine else 'none'}"
-    )
-
-
-def summary(checkpoint, path, count):
-    """What was loaded, in words: where from, its network and epochs, how many tensors."""
-    of = "the query encoder" if is_pretraining(checkpoint) else "the network"
-    known = [checkpoint["arch"]] if "arch" in checkpoint else []
-    known += [f"{checkpoint['epoch']} epochs"] if "epoch" in checkpoint else []
-    return f"{', '.join([path, *known])}: {count} tensors of {of}"
-
-
-def sha256(path):
-    """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def choose_seed(given, path, config):
-    """A run's seed: as given, as in the settings of the checkpoint it goes on from, or a new one."""
-    stored = config.get("seed")
-    if isinstance(stored, int) and 0 <= stored < 2**32:
-        if given not in (None, stored):
-            raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
-        return stored
-    return int.from_bytes(os.urandom(4), "little") if given is None else given
-
-
-def resume_path(args, mine, own):
-    """The checkpoint that --resume asks for, or None; refuses a --save-dir or --log-dir that holds something else.
-
-    mine: the checkpoints of a run of this program in --save-dir, oldest first; own: the names of its other files.
-    """
-    lock(args)
-    newest = mine[-1] if mine else None
-    if args.restarted:  # by torchrun, after this very run began: what --save-dir holds is its own
-        args.overwrite, args.resume = False, "auto" if mine else args.resume
-    path = newest if args.resume == "auto" else args.resume or None
-    if path and not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint file")
-    if os.path.exists(args.save_dir) and not os.path.isdir(args.save_dir):
-        raise UserError(f"--save-dir {args.save_dir}: is not a folder")
-    inside = bool(path) and os.path.realpath(os.path.dirname(path)) == os.path.realpath(args.save_dir)
-    strange = [product for product in products(args.save_dir) if product not in {*mine, *own}]
-    if strange and not inside:
-        raise UserError(
-            f"--save-dir {args.save_dir} holds a run of another program ({os.path.basename(strange[0])}); give another"
-        )
-    if inside and args.overwrite:
-        raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
-    if inside and os.path.basename(path) in [os.path.basename(older) for older in mine[:-1]]:
-        raise UserError(f"--resume {path}: --save-dir holds the newer {newest}, which would be left; give another")
-    held = mine[-1:] or [name for name in own if os.path.exists(name)]
-    if held and not inside and not args.overwrite:
-        raise UserError(
-            f"--save-dir {args.save_dir} holds another run ({os.path.basename(held[0])}): --resume auto "
-            "goes on with it, --overwrite starts anew, another --save-dir leaves it alone"
-        )
-    apart = os.path.realpath(args.log_dir) != os.path.realpath(args.save_dir)
-    if apart and not path and not (args.overwrite or args.restarted) and metrics.log_files(args.log_dir):
-        raise UserError(f"--log-dir {args.log_dir} holds the log of another run; give another, or --overwrite")
-    return path
-
-
-def products(folder):
-    """The files in a folder that only a run of one of the programs leaves there, whichever it was."""
-    patterns = ("checkpoint_*.pth.tar", "model_best_*.pth.tar", "result.json")
-    return [path for pattern in patterns for path in sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))]
-
-
-def prepare_folders(args, mine, own, fresh):
-    """Make the output folders if both can be written; a fresh start removes what another left in them.
-
-    `resume_path` has seen to it that this is a run that --overwrite gives up, or one that left no checkpoint.
-    """
-    make_folders(args.save_dir, args.log_dir)
-    lock(args)
-    if fresh and not args.overwrite and products(args.save_dir):  # since `resume_path` looked, when there was no lock
-        raise UserError(
-            f"--save-dir {args.save_dir}: another run has used it meanwhile; give another, or --resume auto"
-        )
-    for pattern in ("checkpoint_*.pth.tar", "model_best_*.pth.tar"):  # what killed writes have left: the lock is ours
-        for left in glob.glob(os.path.join(glob.escape(args.save_dir), f"{pattern}.????????.tmp")):
-            os.remove(left)
-    marker = os.path.join(args.save_dir, survival.MARKER)
-    if os.path.exists(marker):
-        os.remove(marker)
-    old = [*mine, *(path for path in own if os.path.exists(path))] if args.overwrite else []
-    for path in old + (metrics.log_files(args.log_dir) if fresh or args.overwrite else []):
-        os.remove(path)
-    distributed.began()
-
-
-def lock(args):
-    """Lock --save-dir, if it is there, for this run. Raises UserError if another one has it."""
-    if os.path.isdir(args.save_dir):
-        try:
-            survival.lock(args.save_dir)
-        except OSError as error:
-            raise UserError(f"{args.save_dir}: cannot be written ({error.strerror})") from error
-
-
-def leave(args, saves, step, name):
-    """Leave a run that was told to stop and has saved: raise `survival.Preempted` in every process.
-
-    Writes preempted.json, which tells a script where the run goes on. saves: the run's `survival.Saves`; step: how many
-    are done; name: of the checkpoint that holds them.
-    """
-    heard = next(filter(None, distributed.from_all(survival.warned())), None)  # perhaps by one process alone
-    if distributed.rank() == 0:
-        content = {"signal": heard, "step": step, "checkpoint": name}
-        try:
-            with whole(os.path.join(args.save_dir, survival.MARKER)) as file:
-                file.write(json.dumps(content).encode() + b"\n")
-        except OSError as error:
-            distributed.warn(f"{args.save_dir}: {survival.MARKER} cannot be written ({error.strerror})")
-    saves.together()
-    raise survival.Preempted(f"Told to stop: {os.path.join(args.save_dir, name)} holds {step} steps.")
-
-
-def make_folders(*folders):
-    """Make these folders, all or none. Raises UserError that names one that cannot be written."""
-    for folder in folders:
-        there = os.path.abspath(folder)
-        while not os.path.lexists(there):
-            there = os.path.dirname(there)
-        try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                file.write(bytes(1 << 16))  # a disk that is full lets files be made
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    for folder in folders:
-        os.makedirs(folder, exist_ok=True)

@@ -1,5 +1,6 @@
 """Data sets: a folder in ImageNet's layout, or one of torchvision's by name, all as `Images`."""
 
+import argparse
 import collections
 import concurrent.futures
 import copy
@@ -11,6 +12,8 @@ import pathlib
 import pickle
 import tarfile
 import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +21,10 @@ import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 
-from synco import augment, distributed, index
-from synco.loader import read_image
-from synco.options import UserError, usable_cpus
+from synco import decode, distributed, index
+from synco.decode import open_image, read_image, unreadable_named
+from synco.distributed import usable_cpus
+from synco.errors import UserError
 
 IMAGENETTE = "imagenette2-320"  # the folder of the version whose shorter sides have 320 pixels
 # what torchvision's data sets raise on archives and folders that are missing, damaged or cannot be fetched
@@ -37,23 +41,30 @@ class Images(Dataset):
     any sequence; targets: the label of each, any sequence; read: a picklable callable, number of an image → PIL image.
     """
 
-    def __init__(self, root, classes, names, targets, read):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        classes: Iterable[str],
+        names: Sequence[str],
+        targets: Sequence[int],
+        read: Callable[[int], Image.Image | torch.Tensor],
+    ):
         self.root, self.classes, self.names, self.targets = str(root), list(classes), names, targets
         self.transform = None
         self._read, self._numbers = read, range(len(names))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> tuple[Any, int]:
         image = self.image(position)
         return image if self.transform is None else self.transform(image), self.targets[position]
 
-    def image(self, position):
+    def image(self, position: int) -> Image.Image | torch.Tensor:
         """The image as PIL reads it. Raises UserError that names a file which cannot be read."""
         return self._read(self._numbers[position])
 
-    def part(self, positions):
+    def subset(self, positions: Iterable[int]) -> "Images":
         """Those images alone, in that order, with all the classes."""
         part = copy.copy(self)
         part.names = [self.names[i] for i in positions]
@@ -61,43 +72,50 @@ class Images(Dataset):
         part._numbers = [self._numbers[i] for i in positions]
         return part
 
-    def checksum(self):
+    def checksum(self) -> int:
         """CRC-32 of the images' names and their order; it says nothing of the files' contents."""
         if isinstance(self.names, index.Index):  # of a million names, in no time
             return self.names.checksum()
         return zlib.crc32("\0".join(self.names).encode(errors="surrogateescape"))
 
-    def seen(self, transform):
+    def with_transform(self, transform: Callable) -> "Images":
         """The same images through that transform."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
-    def raw(self):
-        """The same images as uint8 tensors (3, H, W), see `augment.read`, as far as they lie in files of their own."""
+    def as_uint8(self) -> "Images":
+        """The same images as uint8 tensors (3, H, W), as far as they lie in files of their own."""
         other = copy.copy(self)
         if isinstance(self._read, _Files):
-            other._read = _Files(self._read.folder, self._read.names, augment.read)
+            other._read = copy.copy(self._read)
+            other._read.read = decode.read_uint8
         return other
 
-    def file(self, position):
+    def file(self, position: int) -> str | None:
         """The path of an image's file, None where images do not lie in files of their own."""
         path = getattr(self._read, "path", None)
         return path(self._numbers[position]) if path else None
 
 
 class _Files:
-    """Reads the images of a folder by their names in it."""
+    """Reads the images of a folder by their names in it; says once if images of more than 8 bits are among them."""
 
     def __init__(self, folder, names, read=read_image):
         self.folder, self.names, self.read = folder, names, read
+        self.said = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any worker
 
     def path(self, number):
         """The file of image `number`."""
         return os.path.join(self.folder, self.names[number])
 
     def __call__(self, number):
-        return self.read(self.path(number))
+        return self.read(self.path(number), self._say_scaled)
+
+    def _say_scaled(self, path):
+        if not self.said:
+            self.said[0] = True
+            distributed.warn(f"{path}: has more than 8 bits a pixel; it and its like are scaled to 8 (decode.to_rgb)")
 
 
 class _Arrays:
@@ -127,7 +145,7 @@ class _Cached:
 # ------------------------------------------------------------------------------------------------------ opening them
 
 
-def fetch(args, process):
+def fetch(args: argparse.Namespace, process: distributed.Process) -> None:
     """Download the data set that --dataset names, where --download asks for it.
 
     Rank 0 does, and then one process of each other node, which finds it there where the nodes share DATA.
@@ -141,10 +159,10 @@ def fetch(args, process):
                 _torchvision(args, split, download=True)
             except BROKEN as error:
                 raise UserError(f"--dataset {args.dataset} --download: {_why(error)}") from error
-        distributed.total(torch.zeros(1, device=process.device))  # the others wait
+        distributed.barrier()
 
 
-def load(args, split):
+def load(args: argparse.Namespace, split: str) -> Images:
     """The images of a split, "train", "val" or "pretrain", as far as --limit-images lets them → Images.
 
     "pretrain" is "train" but for STL-10, whose unlabelled images it is. With --hold-out N, "val" is N of the training
@@ -161,7 +179,7 @@ def load(args, split):
     return limited(images, args.limit_images, args.split_seed) if args.limit_images else images
 
 
-def image_folder(root, split):
+def image_folder(root: str | os.PathLike, split: str) -> Images:
     """The images under root/split/CLASS/ → Images. Raises UserError where a folder or the images are missing."""
     root = os.fspath(root)
     folder = os.path.join(root, split)
@@ -169,14 +187,14 @@ def image_folder(root, split):
         raise UserError(f"{root}: no such folder; it should hold {split}/CLASS/IMAGE")
     if not os.path.isdir(folder):
         raise UserError(f"{root}: has no folder {split!r} in it; it should hold {split}/CLASS/IMAGE")
-    names = index.of(folder)
+    names = index.open_index(folder)
     return Images(folder, names.classes, names, names.targets(), _Files(folder, names))
 
 
-def same_classes(train, val, root):
+def same_classes(train: Images, val: Images, root: str | os.PathLike) -> None:
     """Raise UserError that lists the classes which only one of two `Images` under `root` has."""
-    one_sided = [(name, "train") for name in train.classes if name not in val.classes]
-    one_sided += [(name, "val") for name in val.classes if name not in train.classes]
+    one_sided = [(name, "train") for name in set(train.classes) - set(val.classes)]
+    one_sided += [(name, "val") for name in set(val.classes) - set(train.classes)]
     if one_sided:
         named = ", ".join(f"{name} (in {split} only)" for name, split in sorted(one_sided)[:5])
         more = f" and {len(one_sided) - 5} more" if len(one_sided) > 5 else ""
@@ -244,7 +262,7 @@ def _count(args, images, wanted):
 # ------------------------------------------------------------------------------------------------------ parts of them
 
 
-def by_class(images, purpose):
+def by_class(images: Images, purpose: str) -> list[list[int]]:
     """The positions of each class's images, [[...], ...], in an order that `purpose` and the names alone determine."""
     of_class = collections.defaultdict(list)
     for position, label in enumerate(images.targets):
@@ -262,7 +280,7 @@ def _fifth(images, val, seed):
     for positions in by_class(images, f"{seed}/val"):
         count = round(len(positions) / 5)
         chosen += positions[:count] if val else positions[count:]
-    return images.part(sorted(chosen))
+    return images.subset(sorted(chosen))
 
 
 def _held_out(images, val, count, seed):
@@ -270,15 +288,15 @@ def _held_out(images, val, count, seed):
     if count >= len(images):
         raise UserError(f"--hold-out {count}: {images.root} has {len(images)} images to train on and hold out of")
     chosen = _in_turn(images, f"{seed}/hold-out")[:count]
-    return images.part(sorted(chosen if val else set(range(len(images))) - set(chosen)))
+    return images.subset(sorted(chosen if val else set(range(len(images))) - set(chosen)))
 
 
-def limited(images, count, seed):
+def limited(images: Images, count: int, seed: int) -> Images:
     """The first `count` images of a class-balanced order that is drawn from `seed`: one of each class in turn.
 
     A smaller count gives a part of what a larger one gives. Of fewer images, all.
     """
-    return images.part(sorted(_in_turn(images, f"{seed}/limit")[:count]))
+    return images.subset(sorted(_in_turn(images, f"{seed}/limit")[:count]))
 
 
 def _in_turn(images, purpose):
@@ -291,7 +309,7 @@ def _in_turn(images, purpose):
 # ------------------------------------------------------------------------------------------------------ in memory
 
 
-def cache(splits, local_size, tolerant=False):
+def cache(splits: Iterable[Images], local_size: int, tolerant: bool = False) -> None:
     """Keep the decoded pixels of these `Images` in memory, one copy for each of a node's processes.
 
     tolerant: an image that cannot be read is no error before it is asked for.
@@ -342,14 +360,11 @@ def cache(splits, local_size, tolerant=False):
 
 def _size(path):
     """(width, height) of the image in a file, from its header. Raises UserError that names a file without one."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return read_image(path).size  # raises what reading it would
+    with unreadable_named(path), open_image(path) as image:
+        return image.size
 
 
-def free_memory(root="/"):
+def free_memory(root: str | os.PathLike = "/") -> int:
     """Bytes of memory that are free for this process: the machine's, or those of a control group that has fewer.
 
     A batch system may limit any group above the process's own. root: of the file system, where /proc and /sys are.

@@ -13,16 +13,20 @@ import argparse
 import importlib.util
 import io
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.nn as nn
 
-from synco import builder, checkpoint, distributed, metrics, options
-from synco.options import UserError
+from synco import backbone, checkpoint, files, metrics, networks, options
+from synco.errors import UserError
+from synco.launch import command
 
 SUFFIXES = (".pth", ".safetensors")
 
 
-def parse():
+def parse() -> argparse.Namespace:
     """The command line of `python -m synco.export`."""
     parser = options.Parser(__doc__)
     parser.prog = "python -m synco.export"
@@ -31,8 +35,8 @@ def parse():
     return parser.parse_args()
 
 
-def add_arguments(parser, *, output, suffixes):
-    """From which checkpoint to which file."""
+def add_arguments(parser: argparse.ArgumentParser, *, output: str, suffixes: tuple[str, ...]) -> None:
+    """From which checkpoint to which file; output: what --help calls that file."""
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="checkpoint of SynCo or MoCo, or a torchvision network's weights")
     flag("output", metavar=output, help=f"file to write, {' or '.join(suffixes)}, in a folder that is there")
@@ -40,13 +44,13 @@ def add_arguments(parser, *, output, suffixes):
     flag("--force", action="store_true", help="write over an output file that is there")
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Load the backbone, write it, tell what was written."""
     check_output(args, SUFFIXES)
     if args.output.endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise UserError(f"{args.output}: safetensors is not installed; pip install safetensors, or write a .pth")
     network, head, saved = load(args.checkpoint, args.arch)
-    tensors = backbone(network, head)
+    tensors = without_head(network, head)
     if args.with_head:
         tensors |= head_weights(saved, args.checkpoint, head)
     facts = origin(saved, args.checkpoint)
@@ -54,29 +58,23 @@ def run(args):
         write(tensors, args.output, facts)
     except OSError as error:
         raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
-    metrics.tell(facts | {"tensors": len(tensors), "size": size(tensors.values()), "written": args.output})
+    facts |= {"tensors": len(tensors), "size": size_in_words(tensors.values()), "written": args.output}
+    metrics.print_facts(facts)
 
 
-def check_output(args, suffixes):
-    """Raises UserError if the output file has none of these suffixes, is there already, or cannot be written."""
+def check_output(args: argparse.Namespace, suffixes: tuple[str, ...]) -> None:
+    """Raise UserError if the output file has none of these suffixes, is there already, or cannot be written."""
     path = args.output
-    if "\0" in path:
-        raise UserError(f"{path!r}: no file can have that name")
     if not path.endswith(suffixes):
         raise UserError(f"{path}: the file to write must end in {' or '.join(suffixes)}")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise UserError(f"{path}: there is no folder {folder}")
-    if os.path.isdir(path):
-        raise UserError(f"{path}: is a folder")
+    files.check_output(path)
     if os.path.exists(path) and os.path.exists(args.checkpoint) and os.path.samefile(path, args.checkpoint):
         raise UserError(f"{path}: is the checkpoint itself")
     if os.path.lexists(path) and not args.force:
         raise UserError(f"{path}: is there already; --force writes over it")
-    checkpoint.make_folders(folder)  # sees whether a file can be made there
 
 
-def load(path, arch=None, stem=None):
+def load(path: str, arch: str | None = None, stem: str | None = None) -> tuple[nn.Module, str, dict[str, Any]]:
     """A checkpoint's backbone in its network → (the network, its head's name, the checkpoint as a dict).
 
     path: a pretraining's checkpoint, a classifier's, or torchvision weights; arch, stem: the network's name and stem,
@@ -86,25 +84,25 @@ def load(path, arch=None, stem=None):
     """
     saved = checkpoint.load(path)
     arch = architecture(saved, path, arch)
-    # a vision transformer has a parameter for every patch
-    found = argparse.Namespace(dataset="imagefolder", stem=stem, img_size=None, stats=None)
-    options.settle(found, path, saved["config"])
+    given = argparse.Namespace(dataset="imagefolder", stem=stem, img_size=None, stats=None)
+    settings = options.resolve_image_settings(given, path, saved["config"])
+    size = settings["img_size"]  # a vision transformer has a parameter for every patch
     try:
-        with builder.fitting(arch, found.img_size):
-            network = builder.network_of(arch, found.img_size, found.stem)(num_classes=1000)
-            head = builder.head_name(network, 1000)
+        with networks.network_errors_as_user_errors(arch, size):
+            network = networks.network_of(arch, size, settings["stem"])(num_classes=1000)
+            head = networks.head_name(network, 1000)
     except UserError as error:
         raise UserError(f"{path}: its network cannot be built: {error}") from error
     if saved.get("arch", arch) != arch:
         raise UserError(f"{path}: is a checkpoint of {saved['arch']!r}, not of {arch!r}")
-    weights = checkpoint.backbone(saved, path, head, classifier=True)
+    weights = backbone.weights_of(saved, path, head, classifier=True)
     if not weights.keys() & network.state_dict().keys():
         raise UserError(f"{path}: has no backbone: neither a pretraining's encoder_q.* nor the names of a {arch}")
-    checkpoint.load_backbone(network, head, weights, path)
-    return network, head, {**saved, "arch": arch, "stem": found.stem, "stats": found.stats}
+    backbone.load_backbone(network, head, weights, path)
+    return network, head, saved | {"arch": arch, "stem": settings["stem"], "stats": settings["stats"]}
 
 
-def architecture(saved, path, arch):
+def architecture(saved: dict[str, Any], path: str, arch: str | None) -> str:
     """The network's name: as given, or the checkpoint's. Raises UserError if neither names one of torchvision's."""
     arch = arch or saved.get("arch")
     if arch is None:
@@ -116,15 +114,15 @@ def architecture(saved, path, arch):
         raise UserError(f"{path}: {name}") from error
 
 
-def backbone(network, head):
-    """A network's state dict without its head."""
+def without_head(network: nn.Module, head: str) -> dict[str, torch.Tensor]:
+    """A network's state dict without its head, which has the name `head`."""
     return {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head + ".")}
 
 
-def head_weights(saved, path, head):
+def head_weights(saved: dict[str, Any], path: str, head: str) -> dict[str, torch.Tensor]:
     """The head that the checkpoint holds, under its own names. Raises UserError if there is none that holds numbers."""
     weights = checkpoint.unprefixed(saved["state_dict"])
-    prefix = checkpoint.ENCODER if checkpoint.is_pretraining(saved) else ""
+    prefix = backbone.ENCODER if backbone.is_pretraining(saved) else ""
     found = {name: tensor for name, tensor in weights.items() if name.startswith(f"{prefix}{head}.")}
     if not found:
         raise UserError(f"{path}: --with-head: there is no head ({head}.*) in it")
@@ -134,18 +132,19 @@ def head_weights(saved, path, head):
     }
 
 
-def origin(saved, path):
+def origin(saved: dict[str, Any], path: str) -> dict[str, Any]:
     """Where weights from `load` come from: {"checkpoint_sha256", "arch", "epoch"}, the epoch if the file has one.
 
     With "stem" and "stats" where they are not ImageNet's: whoever uses the weights must know.
     """
-    facts = {"checkpoint_sha256": checkpoint.sha256(path), "arch": saved["arch"]}
-    facts |= {"epoch": saved["epoch"]} if isinstance(saved.get("epoch"), int) else {}
+    facts = {"checkpoint_sha256": files.sha256(path), "arch": saved["arch"]}
+    if isinstance(saved.get("epoch"), int):
+        facts["epoch"] = saved["epoch"]
     return facts | {name: saved[name] for name in ("stem", "stats") if saved[name] != "imagenet"}
 
 
-def write(tensors, path, facts):
-    """Write {name: tensor} as the file's suffix says, whole or not at all."""
+def write(tensors: dict[str, torch.Tensor], path: str, facts: dict[str, Any]) -> None:
+    """Write {name: tensor} as the file's suffix says, whole or not at all. Raises OSError if it cannot be written."""
     if path.endswith(".safetensors"):
         import safetensors.torch  # an optional package, used for this format alone
 
@@ -154,14 +153,14 @@ def write(tensors, path, facts):
         buffer = io.BytesIO()  # torch.save hides what goes wrong on a disk, a full one for instance
         torch.save(tensors, buffer)
         content = buffer.getbuffer()
-    with checkpoint.whole(path) as file:
+    with files.atomic_write(path) as file:
         file.write(content)
 
 
-def size(tensors):
-    """How much memory tensors take, in words."""
+def size_in_words(tensors: Iterable[torch.Tensor]) -> str:
+    """How much memory tensors take, such as "94.1 MB"."""
     return f"{sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":
-    distributed.command(run, parse)
+    command(run, parse)

@@ -6,16 +6,24 @@ CHECKPOINT: of SynCo, MoCo, a classifier or torchvision's own weights, or 'rando
 train/CLASS/IMAGE, which vote, and val/CLASS/IMAGE, which are classified. Several processes: torchrun -m synco.knn ...
 """
 
-import torch
-import torch.nn.functional as F
+import argparse
 
-from synco import checkpoint, datasets, distributed, export, loader, options
-from synco.builder import encode, fitting, head_name, network_of, try_images
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from synco import augment, backbone, datasets, distributed, export, loader, options
+from synco.distributed import Process
+from synco.launch import launch
+from synco.networks import encode, head_name, network_errors_as_user_errors, network_of, try_images
 from synco.options import number
 
 
 @torch.no_grad()
-def extract(network, head, loader, device):
+def extract(
+    network: nn.Module, head: str, loader: DataLoader, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the loader's images become: (M, D) backbone features, (M, C) outputs, both unit rows, and (M,) labels.
 
     All on `device`. The network is put in eval mode.
@@ -38,7 +46,16 @@ def extract(network, head, loader, device):
     return torch.cat(rows), torch.cat(outputs), torch.cat(labels)
 
 
-def predict(bank, bank_labels, queries, *, classes, k=200, t=0.1, own=None):
+def predict(
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    queries: torch.Tensor,
+    *,
+    classes: int,
+    k: int = 200,
+    t: float = 0.1,
+    own: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Weighted kNN (Wu et al., arXiv 1805.01978, sec. 3.4): neighbours vote with exp(cosine / t).
 
     bank (M, D), queries (Q, D): unit rows; bank_labels (M,); k is the number of voters if that is smaller.
@@ -59,7 +76,18 @@ def predict(bank, bank_labels, queries, *, classes, k=200, t=0.1, own=None):
     return torch.cat(classes_of) if classes_of else bank_labels.new_empty(0)
 
 
-def accuracy(network, head, bank_loader, query_loader, device, *, classes, k=200, t=0.1, train=False):
+def accuracy(
+    network: nn.Module,
+    head: str,
+    bank_loader: DataLoader,
+    query_loader: DataLoader,
+    device: torch.device,
+    *,
+    classes: int,
+    k: int = 200,
+    t: float = 0.1,
+    train: bool = False,
+) -> dict[str, float]:
     """Top-1 accuracy in percent of the queries' classes, voted by the bank; the work is spread over the processes.
 
     The loaders are `loader.eval_loader`s. Every process evaluates with rank 0's buffers and gets the same numbers:
@@ -89,7 +117,7 @@ def _percent(hits):
     return 100 * count / total
 
 
-def gather_uneven(rows, labels):
+def gather_uneven(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (M, D) and labels (M,) of all processes, whose M may differ → (sum M, D), (sum M,)."""
     if distributed.world_size() == 1:
         return rows, labels
@@ -104,7 +132,7 @@ def gather_uneven(rows, labels):
     )
 
 
-def parse():
+def parse() -> argparse.Namespace:
     """The command line of `python -m synco.knn`."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
@@ -122,24 +150,24 @@ def parse():
     return args
 
 
-def run(process, args):
+def run(process: Process, args: argparse.Namespace) -> None:
     """Load the backbone, evaluate it, say what it reaches."""
     datasets.fetch(args, process)
     train, val = datasets.load(args, "train"), datasets.load(args, "val")
     datasets.same_classes(train, val, args.data)
     if args.checkpoint == "random":
-        options.settle(args)
-        arch, size = args.arch or "resnet50", args.img_size
+        settings = options.resolve_image_settings(args)
+        arch, size = args.arch or "resnet50", settings["img_size"]
         torch.manual_seed(args.seed)
-        with fitting(arch, size):
-            network = network_of(arch, size, args.stem)(num_classes=1000)
+        with network_errors_as_user_errors(arch, size):
+            network = network_of(arch, size, settings["stem"])(num_classes=1000)
             head = head_name(network, 1000)
         source = f"random weights, seed {args.seed}"
     else:
         network, head, saved = export.load(args.checkpoint, args.arch, args.stem)
-        options.settle(args, args.checkpoint, saved["config"])
-        arch, size = saved["arch"], args.img_size
-        source = checkpoint.summary(saved, args.checkpoint, len(export.backbone(network, head)))
+        settings = options.resolve_image_settings(args, args.checkpoint, saved["config"])
+        arch, size = saved["arch"], settings["img_size"]
+        source = backbone.summary(saved, args.checkpoint, len(export.without_head(network, head)))
     network.to(process.device)
     try_images(network, arch, size)
     distributed.say(f"{source}; {arch} at {size} pixels")
@@ -148,11 +176,12 @@ def run(process, args):
         datasets.cache([train, val], process.local_size)
     batch = loader.batch_each(args.batch_size, process.local_size)
     workers = loader.workers_each(args.workers, process.local_size)
-    shown = [part.seen(loader.center_view(size, args.stats)) for part in (train, val)]
-    parts = [loader.eval_loader(part, batch, process=process, workers=workers) for part in shown]
+    shown = [part.with_transform(augment.center_view(size, settings["stats"])) for part in (train, val)]
+    load = {"process": process, "workers": workers, "timeout": args.worker_timeout}
+    parts = [loader.eval_loader(part, batch, **load) for part in shown]
     top1 = accuracy(network, head, *parts, process.device, classes=len(train.classes), k=args.k, t=args.t)["top1"]
     distributed.say(f"kNN (k = {min(args.k, len(train))}, {len(train)} images vote) on {len(val)} images: {top1:.2f} %")
 
 
 if __name__ == "__main__":
-    distributed.launch(run, parse)
+    launch(run, parse)

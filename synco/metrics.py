@@ -9,24 +9,29 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+import torch.nn as nn
 import torchvision
+
+from synco import distributed, files
+from synco.errors import UserError
 
 
 class Averages:
     """Means of per-step numbers; nothing is read from the device until `read`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums, self.steps = {}, 0
 
-    def add(self, **values):
+    def add(self, **values: torch.Tensor) -> None:
         """values: 0-dim tensors on the device, the same names in every step and process."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.steps += 1
 
-    def read(self, reduce):
+    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """{name: mean since the last read}, with one read from the device; then cleared.
 
         reduce: (names,) tensor of this process → that of all, such as `distributed.mean`.
@@ -36,7 +41,7 @@ class Averages:
         self.sums, self.steps = {}, 0
         return found
 
-    def state(self, from_all):
+    def state(self, from_all: Callable[[torch.Tensor], list[torch.Tensor]]) -> dict:
         """What a run that goes on from here needs, as plain values and one tensor (processes, names).
 
         from_all: this process's value → the list of all processes' values, such as `distributed.from_all`.
@@ -44,40 +49,40 @@ class Averages:
         mine = torch.stack(list(self.sums.values())).cpu() if self.sums else torch.empty(0)
         return {"names": list(self.sums), "sums": torch.stack(from_all(mine)), "steps": self.steps}
 
-    def restore(self, state, rank, processes, device):
+    def restore(self, state: dict, rank: int, processes: int, device: torch.device) -> None:
         """Go on from a `state`; of another number of processes each takes their mean. Raises ValueError."""
         try:
             names, sums, steps = state["names"], state["sums"], state["steps"]
             fits = sums.ndim == 2 and sums.shape[1] == len(names) and sums.is_floating_point() and sums.is_contiguous()
             fits = fits and bool(sums.isfinite().all()) and all(isinstance(name, str) for name in names)
             if not fits or not isinstance(steps, int) or steps < 0:
-                raise ValueError("not the averages of a run")
+                raise ValueError("its averages are not the averages of a run")
             mine = sums[rank] if len(sums) == processes else sums.mean(dim=0)
         except (TypeError, LookupError, AttributeError) as error:
-            raise ValueError("not the averages of a run") from error
+            raise ValueError("its averages are not the averages of a run") from error
         self.sums, self.steps = dict(zip(names, mine.to(device).unbind())), steps
 
 
 class Finite:
     """Whether losses and gradients are finite; where the first was not stays on the device until `first_bad`."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.first = torch.full((), -1, dtype=torch.long, device=device)
 
     @torch.no_grad()
-    def watch(self, step, loss, norm):
+    def watch(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         """In every step; norm: the gradient's → whether one has not been finite so far, a 0-dim tensor of 0 or 1."""
         bad = ~(loss.detach() + norm).isfinite() & (self.first < 0)
         self.first = torch.where(bad, step, self.first)
         return (self.first >= 0).float()
 
-    def first_bad(self, from_all):
+    def first_bad(self, from_all: Callable[[int], list[int]]) -> int | None:
         """The first step that was not finite in any process, or None. from_all: see `Averages.state`."""
         found = [step for step in from_all(self.first.item()) if step >= 0]
         return min(found, default=None)
 
 
-def gradient_norm(parameters):
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """The Euclidean norm of all gradients together, as a 0-dim tensor."""
     return torch.nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
 
@@ -85,12 +90,12 @@ def gradient_norm(parameters):
 class Pace:
     """How fast an epoch goes: images a second, the share of the time spent waiting for them, and what is left."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.began = self.since = time.perf_counter()
         self.waited = 0.0
         self.steps = self.images = 0
 
-    def watch(self, batches, start=0):
+    def watch(self, batches: Iterable, start: int = 0) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """The batches and their numbers, (start, batch), (start + 1, batch), ..., while measuring each wait."""
         asked = time.perf_counter()
         for i, batch in enumerate(batches, start):
@@ -100,7 +105,7 @@ class Pace:
             yield i, batch
             asked = time.perf_counter()
 
-    def read(self, processes):
+    def read(self, processes: int) -> dict[str, float]:
         """{"images_per_second" (of that many processes), "data_share"} since the last read."""
         now = time.perf_counter()
         passed = now - self.since
@@ -108,13 +113,13 @@ class Pace:
         self.since, self.waited, self.images = now, 0.0, 0
         return found
 
-    def left(self, steps, more=0.0):
+    def left(self, steps: int, more: float = 0.0) -> str:
         """Time for that many further steps, and `more` seconds for other things, as "h:mm:ss"."""
         return duration((time.perf_counter() - self.began) / self.steps * steps + more)
 
 
 @torch.no_grad()
-def contrastive_accuracy(logits, K):
+def contrastive_accuracy(logits: torch.Tensor, K: int) -> dict[str, torch.Tensor]:
     """How often the positive scores highest (acc1) or among the five highest (acc5), in percent.
 
     logits (N, 1 + K + S), the positive in column 0. acc1_real leaves the S synthetic negatives out: an interpolated
@@ -129,23 +134,33 @@ def contrastive_accuracy(logits, K):
 
 
 @torch.no_grad()
-def ranked(logits):
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A classifier's {"acc1", "acc5"} in percent, 0-dim tensors. logits (N, C), labels (N,)."""
+    right = 100.0 * (ranked(logits) == labels[:, None])  # (N, min(5, C))
+    return {"acc1": right[:, 0].mean(), "acc5": right.sum(dim=1).mean()}
+
+
+@torch.no_grad()
+def ranked(logits: torch.Tensor) -> torch.Tensor:
     """A classifier's five best classes, best first: logits (N, C) → (N, min(5, C))."""
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
 
 
 @torch.no_grad()
-def hardness(logits, counts, *, K, T, n_hard):
+def hardness(
+    logits: torch.Tensor, counts: dict[str, int], *, K: int, T: float, n_hard: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """How hard the negatives are, by kind.
 
     logits (N, 1 + K + S): positive, queue (-inf where a row is masked), synthetic negatives, divided by T;
     counts: {type name: negatives a query}.
-    Returns {name: (mean similarity to the query, share of the softmax mass)}, 0-dim tensors, for "positive", "queue",
-    "hardest" (the n_hard hardest queue rows, or all if there are fewer), and each type with a count > 0.
+    Returns {"similarity/KIND": mean similarity to the query, "mass/KIND": share of the softmax mass}, 0-dim tensors,
+    for the kinds "positive", "queue", "hardest" (the n_hard hardest queue rows, or all if there are fewer), and each
+    type with a count > 0.
     """
     mass = logits.softmax(dim=1)  # (N, 1 + K + S)
     top, where = logits[:, 1 : 1 + K].topk(min(n_hard, K), dim=1)
-    found = {
+    kinds = {
         "positive": (logits[:, 0].mean() * T, mass[:, 0].mean()),
         "queue": (_unmasked_mean(logits[:, 1 : 1 + K]) * T, mass[:, 1 : 1 + K].sum(dim=1).mean()),
         "hardest": (_unmasked_mean(top) * T, mass.gather(1, 1 + where).sum(dim=1).mean()),
@@ -154,9 +169,11 @@ def hardness(logits, counts, *, K, T, n_hard):
     for name, count in counts.items():
         if count:
             part = slice(start, start + count)
-            found[name] = (logits[:, part].mean() * T, mass[:, part].sum(dim=1).mean())
+            kinds[name] = (logits[:, part].mean() * T, mass[:, part].sum(dim=1).mean())
             start += count
-    return found
+    return {
+        f"{what}/{name}": value for name, pair in kinds.items() for what, value in zip(("similarity", "mass"), pair)
+    }
 
 
 def _unmasked_mean(logits):
@@ -171,28 +188,24 @@ class Log:
     them again.
     """
 
-    def __init__(self, folder, *, steps_done=0, active=True):
-        self.active, self.kept = active, []
+    def __init__(self, folder: str, *, steps_done: int = 0, active: bool = True) -> None:
+        self.active, self.kept = active, []  # the lines that stay
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
 
         path = os.path.join(folder, "log.jsonl")
-        if os.path.exists(path):
-            found = read_log(path, damaged=lambda number: None)
-            ours = [x for x in found if isinstance(x.get("kind"), str) and isinstance(x.get("step"), int)]
-            self.kept = [line for line in ours if line["step"] <= steps_done]
-        with open(path + ".tmp", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.kept)
-        os.replace(path + ".tmp", path)
-        self.path, self.lines, self.waiting = path, open(path, "ab", buffering=0), b""
-        self.board = SummaryWriter(folder, purge_step=steps_done + 1 if steps_done else None)
+        try:
+            if os.path.exists(path):
+                self.kept = [line for line in read_log(path) if line["step"] <= steps_done]
+            with files.atomic_write(path) as file:
+                file.writelines(json.dumps(line).encode() + b"\n" for line in self.kept)
+            self.path, self.lines, self.waiting = path, open(path, "ab", buffering=0), b""
+            self.board = SummaryWriter(folder, purge_step=steps_done + 1 if steps_done else None)
+        except OSError as error:
+            raise UserError(f"{path}: the log cannot be read or written ({error.strerror or error})") from error
 
-    def holds(self, kind, epoch):
-        """Whether a line of that kind and epoch was there when the log was opened."""
-        return any(line["kind"] == kind and line.get("epoch") == epoch for line in self.kept)
-
-    def write(self, kind, step, **numbers):
+    def write(self, kind: str, step: int, **numbers: float | None) -> None:
         """One line {"kind", "step", "time", numbers...}; all but the epoch go to TensorBoard as kind/name.
 
         A line that cannot be written, on a full disk for instance, waits for the next; TensorBoard is then given up.
@@ -212,7 +225,7 @@ class Log:
             self.waiting = b""
         except OSError as error:
             os.ftruncate(self.lines.fileno(), end)  # no half lines
-            print(f"{self.path}: cannot be written ({error.strerror}); its lines wait", file=sys.stderr, flush=True)
+            distributed.warn(f"{self.path}: cannot be written ({error.strerror}); its lines wait")
 
     def _show(self, add):
         if self.board is None:
@@ -222,14 +235,14 @@ class Log:
             self.board.flush()
         except OSError as error:  # its thread's, of this write or the one before
             self.board = None
-            print(f"TensorBoard's file cannot be written ({error}); given up", file=sys.stderr, flush=True)
+            distributed.warn(f"TensorBoard's file cannot be written ({error}); given up")
 
-    def images(self, name, grid, step):
-        """grid (3, H, W) in [0, 1] → TensorBoard."""
+    def images(self, name: str, grid: torch.Tensor | None, step: int) -> None:
+        """grid (3, H, W) in [0, 1] → TensorBoard; where the log is not active it may be None."""
         if self.active:
             self._show(lambda board: board.add_image(name, grid, step))
 
-    def sync(self):
+    def sync(self) -> None:
         """Flush the lines to disk: called before a checkpoint, whose run takes them for written."""
         if self.active:
             if self.waiting:
@@ -237,7 +250,7 @@ class Log:
             with contextlib.suppress(OSError):
                 os.fsync(self.lines.fileno())
 
-    def close(self):
+    def close(self) -> None:
         """Flush and close both."""
         if self.active:
             if self.waiting:
@@ -246,13 +259,13 @@ class Log:
             self._show(lambda board: board.close())
 
 
-def log_files(folder):
+def log_files(folder: str) -> list[str]:
     """The files that a `Log` in this folder has written."""
     patterns = ("log.jsonl", "events.out.tfevents.*")
     return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
 
 
-def read_log(path, damaged=None):
+def read_log(path: str, damaged: Callable[[int], None] | None = None) -> list[dict]:
     """The lines of a log.jsonl as dicts with a "kind" and a whole "step".
 
     What else is in the file is left out: the incomplete last line of a run that was killed, and damaged lines, of which
@@ -274,32 +287,24 @@ def read_log(path, damaged=None):
     return lines
 
 
-def tell(facts):
+def print_facts(facts: dict[str, object]) -> None:
     """Print {name: value}, a line each."""
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):18} {value}", flush=True)
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """ "cpu", or "cuda:0 (NVIDIA ...)"."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def origin():
+def origin() -> dict:
     """The command line and the versions of Python and the packages, to be stored with what they made."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
     return {"command": shlex.join(sys.argv), "versions": versions}
 
 
-def write_json(path, content):
-    """Write a JSON file that is whole at every moment."""
-    with open(path + ".tmp", "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(path + ".tmp", path)
-
-
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds → "1 d 02:03:04" or "2:03:04"."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

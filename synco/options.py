@@ -8,14 +8,7 @@ import os
 
 import torchvision
 
-
-class UserError(ValueError):
-    """A mistake of the user's: the launcher prints its one line on stderr and exits with status 2."""
-
-
-class Failure(Exception):
-    """What ends a run through no mistake of the user's, a full disk for instance: one line on stderr, status 1."""
-
+from synco.errors import UserError
 
 # mean and standard deviation of a data set's training images, in [0, 1]: what images are normalised with
 STATS = {
@@ -34,42 +27,8 @@ DATASETS = {
     "caltech256": ("imagenet", 224),
 }
 STEMS = ("imagenet", "cifar")
+LONGEST = 1_000_000  # seconds, or minutes: what the system's own waiting takes
 LARGEST = 10_000  # pixels of an image's side: no file's word may have a network of any size built
-
-# flags that may differ between a run and its continuation without a word; what follows from them is compared
-UNRELATED = set(
-    "data download cache_images workers resume overwrite save_dir log_dir print_freq start_epoch deterministic seed "
-    "batch_size processes save_steps save_minutes force_resume skip_bad_images worker_timeout dist_timeout "
-    "peer_timeout restarted "
-    "world_size rank dist_url dist_backend gpu multiprocessing_distributed nproc_per_node".split()
-)
-# and those that --force-resume lets differ: how fast and how long it learns, not what
-FORCED = set("lr lr_backbone lr_classifier lr_min lr_warmup lr_warmup_epochs schedule cos epochs steps".split())
-
-
-def compare(before, args, path, unrelated=UNRELATED):
-    """What a continuation changes with --force-resume, compared with the stored settings: ["lr 0.03 → 0.5", ...].
-
-    before: the settings in the checkpoint `path`, {} in one that stores none. Raises UserError that lists all that
-    differs and may not.
-    """
-    now = {name: value for name, value in vars(args).items() if name in before and name not in unrelated}
-    differ = {
-        name: f"{name} {before[name]} → {value}"
-        for name, value in now.items()
-        if not isinstance(before[name], (type(value), int, float)) or before[name] != value  # a file may hold anything
-    }
-    if "train_images_crc32" in differ:  # numbers that say nothing
-        differ["train_images_crc32"] = "other training images (by their names)"
-        if "train_images" in differ:
-            del differ["train_images_crc32"]
-    allowed = [name for name in differ if name in FORCED]
-    if len(allowed) == len(differ) and args.force_resume:
-        return list(differ.values())
-    if differ:
-        hint = f" (--force-resume lets {', '.join(allowed)} change)" if allowed else ""
-        raise UserError(f"{path}: is of a run with other settings: {'; '.join(differ.values())}{hint}")
-    return []
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -83,17 +42,79 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, raised as `UserError`, and that takes no abbreviated flags."""
+    """An ArgumentParser whose errors are one line, raised as `UserError`, and that takes no abbreviated flags.
 
-    def __init__(self, docstring):
+    A flag is declared by what becomes of it when a run goes on: `identity` must stay as it was; `schedule`, how fast
+    and how long the run learns, may change with --force-resume; `free` may change. `kinds` has the word for each.
+    """
+
+    def __init__(self, docstring: str) -> None:
+        self.kinds: dict[str, str] = {}
         super().__init__(description=docstring, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
+    def identity(self, *names: str, **settings) -> None:
+        """Declare a flag that says what a run is, as `add_argument` does."""
+        self._declare("identity", self, names, settings)
+
+    def schedule(self, *names: str, group=None, **settings) -> None:
+        """Declare a flag of the learning rate or of the length. group: a mutually exclusive one that it belongs to."""
+        self._declare("schedule", group or self, names, settings)
+
+    def free(self, *names: str, **settings) -> None:
+        """Declare a flag that may differ whenever a run goes on; what follows from it may be compared."""
+        self._declare("free", self, names, settings)
+
+    def _declare(self, kind, group, names, settings):
+        self.kinds[group.add_argument(*names, **settings).dest] = kind
+
+
+# what a run stores beside its flags and may change
+FREE_FACTS = {"seed", "deterministic", "processes", "threads", "restarted", "counts", "order"}
+
+
+def compare(before: dict, now: dict, kinds: dict[str, str], path: str, *, force: bool = False) -> list[str]:
+    """What a run that goes on changes, as in ["lr 0.03 → 0.5", ...].
+
+    before: the settings in the checkpoint `path`, {} in one that stores none; now: those of this start; kinds: see
+    `Parser`; what it does not name is compared. force: whether the schedule may change.
+    Raises UserError that lists all that differs and may not.
+    """
+    differences = {
+        name: f"{name} {before[name]} → {value}"
+        for name, value in now.items()
+        if name in before and name not in FREE_FACTS and kinds.get(name) != "free"
+        # a file may hold anything
+        if not isinstance(before[name], (type(value), int, float)) or before[name] != value
+    }
+    if "train_images_crc32" in differences:  # numbers that say nothing
+        differences["train_images_crc32"] = "other training images (by their names)"
+        if "train_images" in differences:
+            del differences["train_images_crc32"]
+    schedule = [name for name in differences if kinds.get(name) == "schedule"]
+    if differences and not (force and len(schedule) == len(differences)):
+        hint = f" (--force-resume lets {', '.join(schedule)} change)" if schedule else ""
+        raise UserError(f"{path}: is of a run with other settings: {'; '.join(differences.values())}{hint}")
+    return list(differences.values())
+
+
+def choose_seed(given: int | None, path: str | None, config: dict) -> int:
+    """A run's seed: as given, as in the settings of the checkpoint it goes on from, or a new one."""
+    stored = config.get("seed")
+    if isinstance(stored, int) and 0 <= stored < 2**32:
+        if given not in (None, stored):
+            raise UserError(f"--seed {given}: {path} was run with seed {stored}; leave --seed out to go on")
+        return stored
+    return int.from_bytes(os.urandom(4), "little") if given is None else given
+
 
 def number(kind, low=None, high=None, *, above=None):
-    """An argparse type: an int or float (`kind`) with low <= value <= high, or value > above."""
+    """An argparse type: an int or float (`kind`) with low <= value <= high, or value > above.
+
+    No whole number may exceed 10**9 in any case: none here has a reason to.
+    """
     bounds = [f">= {low}"] if low is not None else []
     bounds += [f"> {above}"] if above is not None else []
     bounds += [f"<= {high}"] if high is not None else []
@@ -104,6 +125,8 @@ def number(kind, low=None, high=None, *, above=None):
             value = kind(text)
         except ValueError:
             value = None
+        if high is None and kind is int and value is not None and value > 10**9:
+            raise argparse.ArgumentTypeError(f"{text!r} is beyond reason: more than {10**9}")
         # written so that NaN fails, whatever the bounds are
         inside = value is not None and value == value and abs(value) != float("inf")
         inside = inside and (low is None or value >= low) and (high is None or value <= high)
@@ -182,40 +205,51 @@ def architecture(name):
 
 def add_data(parser, *, positional=True):
     """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
-    flag = parser.add_argument
+    identity, free = parser.identity, parser.free
     if positional:
-        flag(
+        free(
             "data",
             metavar="DATA",
             help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
         )
-    flag("--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets")
-    flag("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
-    flag("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
-    flag("--limit-images", type=number(int, 1), metavar="N", help="of each split N images, class-balanced: for trials")
-    flag("--hold-out", type=number(int, 1), metavar="N", help="N training images, class-balanced, in place of val")
-    flag("--split-seed", default=0, type=number(int, 0), help="of these two choices, and of Caltech-256's val")
-    flag("-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network, or timm:NAME")
-    flag("--stem", choices=STEMS, help="a ResNet's: ImageNet's, or for small images 3x3, stride 1 and no max-pool")
-    flag("--img-size", type=number(int, 8, LARGEST), help="side of the square crops (unset: by --dataset, 224 or less)")
-    flag("--stats", choices=STATS, help="whose mean and deviation normalise the images (unset: those of --dataset)")
-    flag("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
-    flag(
-        "--worker-timeout", default=600, type=number(int, 0), help="seconds to wait for a batch of images; 0: for ever"
+    identity(
+        "--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets"
+    )
+    free("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
+    free("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
+    identity(
+        "--limit-images", type=number(int, 1), metavar="N", help="of each split N images, class-balanced: for trials"
+    )
+    identity("--hold-out", type=number(int, 1), metavar="N", help="N training images, class-balanced, in place of val")
+    identity("--split-seed", default=0, type=number(int, 0), help="of these two choices, and of Caltech-256's val")
+    identity(
+        "-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network, or timm:NAME"
+    )
+    identity("--stem", choices=STEMS, help="a ResNet's: ImageNet's, or for small images 3x3, stride 1 and no max-pool")
+    identity(
+        "--img-size", type=number(int, 8, LARGEST), help="side of the square crops (unset: by --dataset, 224 or less)"
+    )
+    identity("--stats", choices=STATS, help="whose mean and deviation normalise the images (unset: those of --dataset)")
+    free("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
+    free(
+        "--worker-timeout",
+        default=600,
+        type=number(int, 0, LONGEST),
+        help="seconds to wait for a batch of images; 0: for ever",
     )
 
 
 def add_speed(parser):
     """How the network computes, see `precision.Precision`."""
-    flag = parser.add_argument
-    flag("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the network's forward pass")
-    flag(
+    identity = parser.identity
+    identity("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the network's forward pass")
+    identity(
         "--channels-last",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="images and weights in the memory layout that tensor cores read",
     )
-    flag(
+    identity(
         "--tf32",
         action=argparse.BooleanOptionalAction,
         help="TensorFloat-32 for float32 products and convolutions (unset: torch's choice, convolutions only)",
@@ -228,53 +262,57 @@ def check_data(args):
         raise UserError(f"--download: name what to fetch with --dataset {{{','.join(list(DATASETS)[1:])}}}")
 
 
-def settle(args, path="", config=None):
-    """Give --stem, --img-size and --stats their values where they are unset.
+def resolve_image_settings(args, path: str = "", config: dict | None = None) -> dict:
+    """{"stem", "img_size", "stats"}: as the flags say, else as a checkpoint does, else as --dataset does.
 
-    path, config: a checkpoint's and its settings, which decide then; else --dataset does.
-    Raises UserError if those settings are nothing that can be.
+    path, config: the checkpoint's and its settings. Raises UserError if those settings are nothing that can be.
     """
     stats, size = DATASETS[args.dataset]
-    config = config or {}
-    found = {"stem": "imagenet", "img_size": size, "stats": stats}
-    found |= {name: config[name] for name in found if config.get(name) is not None}
+    resolved = {"stem": "imagenet", "img_size": size, "stats": stats}
+    resolved |= {name: value for name in resolved if (value := (config or {}).get(name)) is not None}
     for name, good, wanted in (
-        ("stem", found["stem"] in STEMS, f"one of {', '.join(STEMS)}"),
-        ("img_size", isinstance(found["img_size"], int) and 1 <= found["img_size"] <= LARGEST, "a number of pixels"),
-        ("stats", isinstance(found["stats"], str) and found["stats"] in STATS, f"one of {', '.join(STATS)}"),
+        ("stem", resolved["stem"] in STEMS, f"one of {', '.join(STEMS)}"),
+        (
+            "img_size",
+            isinstance(resolved["img_size"], int) and 1 <= resolved["img_size"] <= LARGEST,
+            "a number of pixels",
+        ),
+        ("stats", isinstance(resolved["stats"], str) and resolved["stats"] in STATS, f"one of {', '.join(STATS)}"),
     ):
-        if getattr(args, name) is None:
-            if not good:
-                raise UserError(f"{path}: its {name} is {found[name]!r}, not {wanted}")
-            setattr(args, name, found[name])
+        if getattr(args, name) is not None:
+            resolved[name] = getattr(args, name)
+        elif not good:
+            raise UserError(f"{path}: its {name} is {resolved[name]!r}, not {wanted}")
+    return resolved
 
 
 def add_run(parser, *, epochs, batch_size, save_dir, steps=False):
     """Length (in `steps`, too, if asked), reporting and output of a run; the defaults are the script's own."""
-    flag = parser.add_argument
+    schedule, free = parser.schedule, parser.free
     lasting = parser.add_mutually_exclusive_group()
-    lasting.add_argument("--epochs", default=epochs, type=number(int, 1), help="epochs to run")
+    schedule("--epochs", group=lasting, default=epochs, type=number(int, 1), help="epochs to run")
     if steps:
-        lasting.add_argument("--steps", type=number(int, 1), help="steps to run, in place of --epochs")
-    flag("--start-epoch", default=0, type=number(int, 0), help="epoch to start at; --resume sets it")
-    flag("-b", "--batch-size", default=batch_size, type=number(int, 1), help="per node, shared by its processes")
-    flag("-p", "--print-freq", default=10, type=number(int, 1), help="steps between progress lines")
-    flag("--resume", default="", metavar="PATH", help="checkpoint to go on from; 'auto': the newest in --save-dir")
+        schedule("--steps", group=lasting, type=number(int, 1), help="steps to run, in place of --epochs")
+    free("--start-epoch", default=0, type=number(int, 0), help="epoch to start at; --resume sets it")
+    free("-b", "--batch-size", default=batch_size, type=number(int, 1), help="per node, shared by its processes")
+    free("-p", "--print-freq", default=10, type=number(int, 1), help="steps between progress lines")
+    free("--resume", default="", metavar="PATH", help="checkpoint to go on from; 'auto': the newest in --save-dir")
     beside = "" if save_dir else " (unset: a folder beside the checkpoint, named after the run)"
-    flag("--save-dir", default=save_dir, metavar="FOLDER", help=f"folder for checkpoints and config.json{beside}")
-    flag("--force-resume", action="store_true", help="go on with another learning rate, schedule or number of epochs")
-    flag("--save-steps", default=0, type=number(int, 0), help="steps between saves within an epoch; 0: none")
-    flag("--save-minutes", default=0.0, type=number(float, 0), help="minutes between such saves; 0: none")
-    flag("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
-    flag("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
-    flag(
+    free("--save-dir", default=save_dir, metavar="FOLDER", help=f"folder for checkpoints and config.json{beside}")
+    free("--force-resume", action="store_true", help="go on with another learning rate, schedule or number of epochs")
+    free("--save-steps", default=0, type=number(int, 0), help="steps between saves within an epoch; 0: none")
+    free("--save-minutes", default=0.0, type=number(float, 0, LONGEST), help="minutes between such saves; 0: none")
+    free("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
+    free("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
+    free(
         "--seed", type=number(int, 0, 2**32 - 1), help="of every random draw (unset: one is drawn, printed and stored)"
     )
 
 
 def add_skipping(parser):
     """What to do about training images that cannot be read."""
-    parser.add_argument(
+    free = parser.free
+    free(
         "--skip-bad-images",
         default=0,
         type=number(int, 0),
@@ -283,58 +321,56 @@ def add_skipping(parser):
     )
 
 
-def check_run(args):
+def check_run(args) -> None:
     """Raise UserError where the flags of `add_data` and `add_run` contradict each other."""
     check_data(args)
+    for flag, folder in (("--save-dir", args.save_dir), ("--log-dir", args.log_dir)):
+        if folder == "":
+            raise UserError(f"{flag} '': must name a folder")
     if not getattr(args, "steps", None):
-        check_start(args)
+        check_start(args, args.epochs)
     if args.overwrite and args.resume == "auto":
         raise UserError(
             "--overwrite starts anew and --resume auto goes on; give one (--resume '' takes a script's back)"
         )
 
 
-def check_start(args):
-    """Raise UserError unless --start-epoch is one of the run's; with --steps, once args.epochs holds their number."""
-    if args.start_epoch >= args.epochs:
+def check_start(args, epochs: int) -> None:
+    """Raise UserError unless --start-epoch is one of the run's `epochs`, which with --steps depend on the images."""
+    if args.start_epoch >= epochs:
         steps = getattr(args, "steps", None)
-        length = f"{args.epochs}, which --steps {steps} make" if steps else f"--epochs {args.epochs}"
+        length = f"{epochs}, which --steps {steps} make" if steps else f"--epochs {epochs}"
         raise UserError(f"--start-epoch {args.start_epoch} must be below {length}")
 
 
 def add_classifier(parser):
     """What the linear probe and the fine-tuning have in common."""
-    flag = parser.add_argument
-    flag(
+    identity, free = parser.identity, parser.free
+    free(
         "--pretrained",
         metavar="PATH",
         help="checkpoint of SynCo or MoCo, or a torchvision network's weights; 'random': untrained, as a baseline",
     )
-    flag("-e", "--evaluate", action="store_true", help="only validate the classifier that --resume names")
-    flag(
+    free("-e", "--evaluate", action="store_true", help="only validate the classifier that --resume names")
+    free(
         "--val-freq", default=1, type=number(int, 0), metavar="N", help="epochs between validations; 0: after the last"
     )
-    flag("--eval-train", action="store_true", help="validate on the training images, too")
-    flag("--save-confusion", action="store_true", help="write confusion.csv: a row a class, a column a prediction")
-    flag("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
+    free("--eval-train", action="store_true", help="validate on the training images, too")
+    free("--save-confusion", action="store_true", help="write confusion.csv: a row a class, a column a prediction")
+    identity("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
 
 
 def add_distributed(parser):
-    """Processes and devices, under MoCo's names; see `distributed.launch`."""
-    flag = parser.add_argument
-    flag("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
-    flag("--nproc-per-node", type=number(int, 1), help="processes to start so (unset: the GPUs, or 1 on a CPU)")
-    flag("--world-size", default=-1, type=number(int, -1), help="nodes; processes if they are started one by one")
-    flag("--rank", default=-1, type=number(int, -1), help="of this node; of this process if started by itself")
-    flag("--dist-url", metavar="URL", help="where they meet: tcp://HOST:PORT or env:// (unset: a free port here)")
-    flag("--dist-backend", choices=("nccl", "gloo"), help="unset: nccl on GPUs, gloo on a CPU")
-    flag("--gpu", type=number(int, 0), help="the one GPU to use")
-    flag("--dist-timeout", type=number(float, above=0), metavar="SECONDS", help="for processes to meet in a collective "
-         "(unset: torch's own)")  # fmt: skip
-    flag("--peer-timeout", default=40.0, type=number(float, 4), metavar="SECONDS", help="without a sign of life from "
-         "a process until the others end")  # fmt: skip
-
-
-def usable_cpus():
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processes and devices, under MoCo's names; see `launch.launch`."""
+    free = parser.free
+    free("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
+    free("--nproc-per-node", type=number(int, 1), help="processes to start so (unset: the GPUs, or 1 on a CPU)")
+    free("--world-size", default=-1, type=number(int, -1), help="nodes; processes if they are started one by one")
+    free("--rank", default=-1, type=number(int, -1), help="of this node; of this process if started by itself")
+    free("--dist-url", metavar="URL", help="where they meet: tcp://HOST:PORT or env:// (unset: a free port here)")
+    free("--dist-backend", choices=("nccl", "gloo"), help="unset: nccl on GPUs, gloo on a CPU")
+    free("--gpu", type=number(int, 0), help="the one GPU to use")
+    free("--dist-timeout", type=number(float, high=LONGEST, above=0), metavar="SECONDS", help="for processes to "
+         "meet in a collective (unset: torch's own)")  # fmt: skip
+    free("--peer-timeout", default=40.0, type=number(float, 4, LONGEST), metavar="SECONDS", help="without a sign of "
+         "life from a process until the others end")  # fmt: skip

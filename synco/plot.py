@@ -10,20 +10,26 @@ epochs are loss, contrastive accuracy, kNN accuracy, and loss and accuracy of th
 them. Without -o the numbers are printed as a table, the mean of each epoch. Pictures need matplotlib.
 """
 
-import csv
+import argparse
+import importlib.util
 import io
 import math
 import os
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import torch
+from synco import distributed, files, metrics, options
+from synco.errors import UserError
+from synco.launch import command
+from synco.options import number
 
-from synco import checkpoint, datasets, distributed, export, knn, loader, metrics, options
-from synco.builder import try_images
-from synco.options import UserError, number
-from synco.trial import read_json, write_csv
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from synco.embedding import Map
 
 # column of the tables → (kind of the log's lines, name in them); "train" lines are of a pretraining or of a classifier
 PRETRAINING = {
@@ -58,18 +64,21 @@ STYLES = ("solid", "dashed", "dotted")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999999", "#332288")
 MARKERS = "osD^vP*X<>p"
 POINTS = 200  # at most so many on a curve; more are averaged
+LARGEST = 3.4e38  # what a log can hold comes from float32; the means of such numbers are finite, too
+
+Point = tuple[float, float, int]  # epochs done, value, steps that it is the mean of
 
 
 @dataclass
 class Run:
-    """One log. curves: {column: [(epochs done, value, steps that it is the mean of)]}, in the order of the steps."""
+    """One log. curves: {column: its points}, in the order of the steps."""
 
     label: str
     seed: int | None = None
-    curves: dict = field(default_factory=dict)
+    curves: dict[str, list[Point]] = field(default_factory=dict)
 
     @property
-    def length(self):
+    def length(self) -> float:
         """Epochs done, perhaps a fraction."""
         return max(x for points in self.curves.values() for x, _, _ in points)
 
@@ -79,9 +88,9 @@ class Group:
     """What is drawn in one colour: a run, or with --mean those of one label."""
 
     label: str
-    runs: tuple
+    runs: tuple[Run, ...]
 
-    def averaged(self, column, width):
+    def averaged(self, column: str, width: float) -> dict[int, tuple[float, float, float, float]]:
         """{bin: (epochs, mean over the runs, lowest, highest)}; bins of `width` epochs that all the runs have.
 
         The first of several numbers of one run in a bin (bin - 1, bin] · width is averaged, by their steps.
@@ -94,7 +103,7 @@ class Group:
         return found
 
 
-def parse():
+def parse() -> argparse.Namespace:
     """The command line of `python -m synco.plot`."""
     parser = options.Parser(__doc__)
     parser.prog = "python -m synco.plot"
@@ -112,7 +121,7 @@ def parse():
     flag("--embedding", nargs=2, metavar=("CHECKPOINT", "DATA"), help="map of val's features in place of RUNs")
     flag("--method", choices=("pca", "tsne"), help="of --embedding: pca, unless tsne, which needs scikit-learn")
     flag("-b", "--batch-size", default=256, type=number(int, 1), help="of --embedding")
-    options.add_data(parser.add_argument_group("of --embedding"), positional=False)
+    options.add_data(parser, positional=False)  # of --embedding
     parser.set_defaults(arch=None)
     args = parser.parse_args()
     if bool(args.runs) == bool(args.embedding):
@@ -123,37 +132,38 @@ def parse():
         raise UserError(f"--method {args.method} goes with --embedding")
     if args.label and len(args.label) != len(args.runs):
         raise UserError(f"--label is given {len(args.label)} times for {len(args.runs)} runs; give it once for each")
+    if args.method == "tsne" and importlib.util.find_spec("sklearn") is None:
+        raise UserError("--method tsne needs scikit-learn: pip install scikit-learn")
     options.check_data(args)
-    check_output(args)
+    args.checkpoint, args.data = args.embedding or (None, None)
+    args.table = args.csv or args.output is None or args.output.endswith(".csv")
+    if args.output is not None:
+        check_output(args.output, table=args.table)
     return args
 
 
-def check_output(args):
-    """Raise UserError if -o cannot be written, or needs what is not installed. Sets args.table: no picture is asked."""
-    path = args.output
-    args.table = args.csv or path is None or path.endswith(".csv")
-    if args.method == "tsne":
-        manifold()
-    if path is None:
-        return
-    if args.table and not path.endswith(".csv"):
+def check_output(path: str, *, table: bool) -> None:
+    """Raise UserError if -o cannot be written, or needs what is not installed; table: whether a table is asked."""
+    if table and not path.endswith(".csv"):
         raise UserError(f"-o {path}: --csv writes a table, whose name must end in .csv")
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path):
-        raise UserError(f"-o {path}: is a folder")
-    if not os.path.isdir(folder):
-        raise UserError(f"-o {path}: there is no folder {folder}")
-    if not args.table:
+    files.check_output(path, f"-o {path}")
+    if not table:
         kinds = new_figure((1, 1)).canvas.get_supported_filetypes()
         if os.path.splitext(path)[1][1:] not in kinds:
             raise UserError(f"-o {path}: must end in .csv, for a table, or .{', .'.join(sorted(kinds))}")
-    checkpoint.make_folders(folder)  # sees whether a file can be made there
 
 
-def run(args):
+def run(args: argparse.Namespace) -> None:
     """Read the logs, or compute the map; draw it, or print it or write it as a table."""
     if args.embedding:
-        draw_map(args)
+        from synco import embedding  # what it takes to compute features, which the curves do without
+
+        points = embedding.feature_map(args)
+        if args.table:
+            rows = [[points.classes[label], *place] for label, place in zip(points.labels, points.places)]
+            write_table(["class", "x", "y"], rows, args)
+        else:
+            write_picture(scatter(points), args.output)
         return
     groups = group(read_runs(args.runs, args.label), args.mean)
     if args.table:
@@ -165,25 +175,28 @@ def run(args):
 # ------------------------------------------------------------------------------------------------------- logs
 
 
-def read_runs(paths, labels=None):
-    """The `Run`s of folders or files; labels: their names (None: from their folders)."""
-    files = [os.path.join(path, "log.jsonl") if os.path.isdir(path) else path for path in paths]
-    for path, file in zip(paths, files):
-        if not os.path.isfile(file):
+def read_runs(paths: Sequence[str], labels: Sequence[str] | None = None) -> list[Run]:
+    """The `Run`s of folders or files; labels: their names (None: from their folders).
+
+    Raises UserError that names one which is none, or is given twice.
+    """
+    logs = [os.path.join(path, "log.jsonl") if os.path.isdir(path) else path for path in paths]
+    for path, log in zip(paths, logs):
+        if not os.path.isfile(log):
             raise UserError(f"{path}: no such run; a RUN is a folder with a log.jsonl, or such a file")
-    places = [os.path.realpath(file) for file in files]
+    places = [os.path.realpath(log) for log in logs]
     for i, place in enumerate(places):
         if place in places[:i]:
             raise UserError(f"{paths[i]}: is given twice")
-    return [read_run(file, label) for file, label in zip(files, labels or names(places))]
+    return [read_run(log, label) for log, label in zip(logs, labels or names(places))]
 
 
-def names(files):
+def names(logs: Sequence[str]) -> list[str]:
     """A name for each of different logs: the shortest end of its folder's path that no other has.
 
     What all these ends end in is left out: "a" and "b" for a/pretrain and b/pretrain.
     """
-    places = [os.path.dirname(file) if os.path.basename(file) == "log.jsonl" else file for file in files]
+    places = [os.path.dirname(log) if os.path.basename(log) == "log.jsonl" else log for log in logs]
     parts = [[part for part in place.split(os.sep) if part] or [os.sep] for place in places]
     ends = []
     for i, mine in enumerate(parts):
@@ -197,63 +210,74 @@ def names(files):
     return ["/".join(end) for end in ends]
 
 
-def read_run(file, label):
+def read_run(log: str, label: str) -> Run:
     """The `Run` of a log.jsonl. Damaged lines are left out with a warning.
 
     Raises UserError if the file holds no line that can be drawn, or does not tell how many steps an epoch has.
     """
     damaged = []
     try:
-        lines = metrics.read_log(file, damaged.append)
+        lines = [line for line in metrics.read_log(log, damaged.append) if is_count(line["step"])]
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    usable = [line for line in lines if isinstance(line.get("kind"), str) and is_number(line.get("step"))]
-    if not usable:
-        raise UserError(f"{file}: holds no line of a run{'' if damaged else ' yet'}")
+        raise UserError(f"{log}: cannot be read ({error.strerror})") from error
+    if not lines:
+        raise UserError(f"{log}: holds no line of a run{'' if damaged else ' yet'}")
     if damaged:
         more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-        distributed.warn(f"{file}: damaged lines are left out: {', '.join(map(str, damaged[:3]))}{more}")
-    config = read_json(os.path.join(os.path.dirname(file), "config.json"))
-    steps = steps_per_epoch(usable, config, file)
-    pretraining = any(line["kind"] == "train" and "acc1_real" in line for line in usable)
+        distributed.warn(f"{log}: damaged lines are left out: {', '.join(map(str, damaged[:3]))}{more}")
+    config = read_config(log)
+    steps = config.get("steps_per_epoch") or steps_per_epoch(lines, log)
+    pretraining = any(line["kind"] == "train" and "acc1_real" in line for line in lines)
     run = Run(label, config.get("seed"))
     for column, (kind, name) in (PRETRAINING if pretraining else PRETRAINING | CLASSIFIER).items():
         if kind == "train" and (column in PRETRAINING) != pretraining:
             continue
         before, points = 0, []
-        for line in sorted((line for line in usable if line["kind"] == kind), key=lambda line: line["step"]):
+        for line in sorted((line for line in lines if line["kind"] == kind), key=lambda line: line["step"]):
             if is_number(line.get(name)):
                 points.append((line["step"] / steps, line[name], max(line["step"] - before, 1)))
             before = line["step"]
         if points:
             run.curves[column] = points
     if not run.curves:
-        raise UserError(f"{file}: holds neither losses nor accuracies")
+        raise UserError(f"{log}: holds neither losses nor accuracies")
     return run
 
 
-def is_number(value):
-    """Whether a value from a log is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def read_config(log: str) -> dict[str, int]:
+    """What the config.json beside a log tells of the run's seed and steps_per_epoch; a warning if it is damaged."""
+    try:
+        found = files.read_json(os.path.join(os.path.dirname(log), "config.json"))
+    except UserError as error:
+        distributed.warn(f"{error}; it is left out")
+        return {}
+    return {name: found[name] for name in ("seed", "steps_per_epoch") if is_count(found.get(name))}
 
 
-def steps_per_epoch(lines, config, file):
-    """From the run's config.json, or from a line at the end of an epoch."""
-    steps = config.get("steps_per_epoch")
-    if is_number(steps) and steps > 0:
-        return steps
-    told = [line for line in lines if is_number(line.get("epoch"))]
+def is_number(value: Any) -> bool:
+    """Whether a value from a log is a number that a run can have written: finite, in float32's range."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a file is a whole number >= 0 that a float, too, holds exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**53
+
+
+def steps_per_epoch(lines: Iterable[dict[str, Any]], log: str) -> float:
+    """From the log's lines at the end of an epoch. Raises UserError if there is none yet."""
+    told = [line for line in lines if is_count(line.get("epoch"))]
     trained = [line for line in told if line["kind"] == "train"]
     ends = [
         (one["step"], one["epoch"] + 1) for one, after in zip(trained, trained[1:]) if after["epoch"] > one["epoch"]
     ]
     ends += [(line["step"], line["epoch"]) for line in told if line["kind"] in ("knn", "val") and line["epoch"] > 0]
     if not ends or ends[0][0] <= 0:
-        raise UserError(f"{file}: its first epoch has not ended, and no config.json beside it says its steps_per_epoch")
+        raise UserError(f"{log}: its first epoch has not ended, and no config.json beside it says its steps_per_epoch")
     return ends[0][0] / ends[0][1]
 
 
-def group(runs, mean):
+def group(runs: Sequence[Run], mean: bool) -> list[Group]:
     """The `Group`s to draw: with `mean` one for each label, in the order of their first runs; else one for each run."""
     if not mean:
         return [Group(run.label, (run,)) for run in runs]
@@ -262,25 +286,28 @@ def group(runs, mean):
     return [Group(label, tuple(members)) for label, members in found.items()]
 
 
-def without_seed(label, seed):
+def without_seed(label: str, seed: int) -> str:
     """ "synco-3", "synco_seed3" and "synco/s3" with the seed 3 → "synco"."""
     return re.sub(rf"[-_./= ]*(?:seed|s)?[-_= ]*(?<!\d)0*{re.escape(str(seed))}$", "", label) or label
 
 
-def bin_width(runs):
+def bin_width(runs: Sequence[Run]) -> float:
     """Epochs to average the lines of training over: at least two lines of each run, and at most `POINTS` bins in all.
 
     The first line of an epoch tells of one step alone, the others of many: by itself it would be a spike.
     """
-    longest = max(run.length for run in runs) or 1  # 0: all have just begun
-    lines = [
-        len(run.curves[name]) / run.length for run in runs for name in ("loss", "train_loss") if name in run.curves
+    lengths = [run.length or 1 for run in runs]  # 0: a run that has just begun
+    densities = [
+        len(run.curves[name]) / length
+        for run, length in zip(runs, lengths)
+        for name in ("loss", "train_loss")
+        if name in run.curves
     ]
-    parts = min([POINTS / longest, *(count / 2 for count in lines)])  # of an epoch
-    return 1 / math.floor(parts) if parts >= 1 else max(1, math.ceil(longest / POINTS))
+    parts = min([POINTS / max(lengths), *(density / 2 for density in densities)])  # of an epoch
+    return 1 / math.floor(parts) if parts >= 1 else max(1, math.ceil(max(lengths) / POINTS))
 
 
-def binned(points, width):
+def binned(points: Iterable[Point], width: float) -> dict[int, tuple[float, float]]:
     """Points (x, y, weight) → {bin: (largest x, weighted mean of y)}, where bin - 1 < x / width <= bin."""
     sums = {}
     for x, y, weight in points:
@@ -294,7 +321,7 @@ def binned(points, width):
 # ------------------------------------------------------------------------------------------------------ tables
 
 
-def table(groups, mean):
+def table(groups: Sequence[Group], mean: bool) -> tuple[list[str], list[list]]:
     """(header, rows): a row for each group and epoch (0: before the first), of the columns that some group has."""
     columns = [name for name in COLUMNS if any(name in run.curves for group in groups for run in group.runs)]
     kinds = ("", "_min", "_max") if mean else ("",)
@@ -311,31 +338,28 @@ def table(groups, mean):
     return header, rows
 
 
-def write_table(header, rows, args):
+def write_table(header: list[str], rows: list[list], args: argparse.Namespace) -> None:
     """Write a table into -o, print it as CSV, or in columns that a person can read."""
+    text = files.csv_text(header, rows) if args.csv or args.output else in_columns(header, rows)
     if args.output:
-        try:
-            write_csv(args.output, header, rows)
-        except OSError as error:
-            raise UserError(f"-o {args.output}: cannot be written ({error.strerror})") from error
-        print(f"written: {args.output}")
+        write(text.encode(errors="surrogateescape"), args.output)
         return
-    text = io.StringIO()
-    if args.csv:
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    else:
-        shown = [name for name in header if not name.endswith(("_min", "_max"))]
-        words = [shown, *([in_words(name, dict(zip(header, row))) for name in shown] for row in rows)]
-        widths = [max(len(row[i]) for row in words) for i in range(len(shown))]
-        for row in words:
-            print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip(), file=text)
     try:
-        print(text.getvalue(), end="", flush=True)
+        print(text, end="", flush=True)
     except BrokenPipeError:  # who reads it, such as `head`, has had enough; what is left is not to raise it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def in_words(name, row):
+def in_columns(header: list[str], rows: list[list]) -> str:
+    """A table in columns of equal width; beside a mean its range, in place of two columns for that."""
+    shown = [name for name in header if not name.endswith(("_min", "_max"))]
+    words = [shown, *([in_words(name, dict(zip(header, row))) for name in shown] for row in rows)]
+    widths = [max(len(row[i]) for row in words) for i in range(len(shown))]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in words)
+    return "".join(line + "\n" for line in lines)
+
+
+def in_words(name: str, row: dict[str, Any]) -> str:
     """A column of a row, with as many digits as a reader wants: 4 of losses, 2 of percents; beside a mean its range."""
 
     def short(value):
@@ -347,10 +371,20 @@ def in_words(name, row):
     return short(value) + (f" [{short(low)}, {short(high)}]" if low != high else "")
 
 
+def write(content: bytes, path: str) -> None:
+    """Write the file of -o, whole or not at all, and say so."""
+    try:
+        with files.atomic_write(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f"-o {path}: cannot be written ({error.strerror})") from error
+    print(f"written: {path}")
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def new_figure(size):
+def new_figure(size: tuple[float, float]) -> "Figure":
     """An empty matplotlib figure; size in inches. Raises UserError if there is no matplotlib."""
     try:
         from matplotlib.figure import Figure  # an optional package; and no pyplot, whose state is global
@@ -361,12 +395,12 @@ def new_figure(size):
     return Figure(figsize=size, layout="constrained")
 
 
-def look(i):
+def look(i: int) -> dict[str, str]:
     """Colour and marker of the i-th group or class; 110 of them differ."""
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def curves(groups):
+def curves(groups: Sequence[Group]) -> "Figure":
     """A figure of the panels that some run has something for."""
     has = {name for group in groups for run in group.runs for name in run.curves}
     panels = [(*panel[:2], {n: of for n, of in panel[2].items() if n in has}) for panel in PANELS]
@@ -395,26 +429,26 @@ def curves(groups):
         low, high = axes.dataLim.intervaly
         if "loss" in unit and high > 20 * low > 0:  # a start that went astray would hide the rest
             axes.set_yscale("log")
+    _legend(figure, groups)
+    return figure
+
+
+def _legend(figure, groups):
+    """Name the groups below the panels, in as many columns as there is room for."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **look(i)) for i in range(len(groups))]
     labels = [plain(one.label + (f" ({len(one.runs)} runs)" if len(one.runs) > 1 else "")) for one in groups]
     across = int(figure.get_figwidth() / (0.8 + 0.09 * max(map(len, labels))))  # inches an entry takes
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(len(groups), max(1, across)),
-        frameon=False,
-        title="means; the bands reach from the lowest to the highest run"
-        if any(len(g.runs) > 1 for g in groups)
-        else None,
-    )
-    return figure
+    several = any(len(one.runs) > 1 for one in groups)
+    title = "means; the bands reach from the lowest to the highest run" if several else None
+    columns = min(len(groups), max(1, across))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, title=title)
 
 
-def plain(text):
+def plain(text: str) -> str:
     """A label that matplotlib shows as it is: no formula between dollars, and not hidden, as those with a first "_"."""
+    text = text.encode(errors="replace").decode()  # a file's name may be no UTF-8
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
@@ -429,99 +463,30 @@ def _curve(axes, found, style, i, *, few_markers):
         axes.fill_between(x, low, high, color=look(i)["color"], alpha=0.2, linewidth=0)
 
 
-def write_picture(figure, path):
+def write_picture(figure: "Figure", path: str) -> None:
     """Write a figure in the format that the file's name says, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format=os.path.splitext(path)[1][1:], dpi=150)
-    try:
-        with checkpoint.whole(path) as file:
-            file.write(content.getbuffer())
-    except OSError as error:
-        raise UserError(f"-o {path}: cannot be written ({error.strerror})") from error
-    print(f"written: {path}")
+    write(content.getbuffer(), path)
 
 
-# --------------------------------------------------------------------------------------------- map of the features
-
-
-def draw_map(args):
-    """Two coordinates of each val image's backbone features, as a picture coloured by class or as a table."""
-    path, args.data = args.embedding
-    process = distributed.Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    datasets.fetch(args, process)
-    images = datasets.load(args, "val")
-    if len(images) < 3:
-        raise UserError(f"{args.data}: val has {len(images)} images, and a map needs 3")
-    network, head, saved = export.load(path, args.arch, args.stem)
-    options.settle(args, path, saved["config"])
-    try_images(network.to(process.device), saved["arch"], args.img_size)
-    if args.cache_images:
-        datasets.cache([images], process.local_size)
-    view = images.seen(loader.center_view(args.img_size, args.stats))
-    workers = loader.workers_each(args.workers, process.local_size)
-    batches = loader.eval_loader(view, args.batch_size, process=process, workers=workers)
-    features, _, labels = knn.extract(network, head, batches, process.device)
-    if args.method == "tsne":
-        places, axes = tsne(features), ("t-SNE, first coordinate", "t-SNE, second coordinate")
-    else:
-        places, shares = principal(features)
-        axes = [f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1)]
-    places, labels = places.tolist(), labels.tolist()
-    if args.table:
-        rows = [[images.classes[label], *place] for place, label in zip(places, labels)]
-        write_table(["class", "x", "y"], rows, args)
-    else:
-        name = os.path.basename(os.path.abspath(args.data)) if args.dataset == "imagefolder" else args.dataset
-        title = f"{saved['arch']}, val of {name}: {len(places)} images"
-        write_picture(scatter(places, labels, images.classes, axes, title), args.output)
-
-
-def principal(features):
-    """The first two principal components of features (M, D) → (M, 2), and their shares of the variance (2,).
-
-    The sign of each, which is arbitrary, is such that its largest loading is positive. Float64, on the CPU.
-    """
-    centred = features.double().cpu()
-    centred = centred - centred.mean(dim=0)
-    variances, directions = torch.linalg.eigh(centred.T @ centred)  # ascending
-    directions = directions[:, -2:].flip(1)  # (D, 2)
-    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
-    shares = variances[-2:].flip(0).clamp(min=0) / variances.clamp(min=0).sum().clamp(min=1e-300)
-    return centred @ (directions * largest.sign()), shares.tolist()
-
-
-def manifold():
-    """scikit-learn's module of embeddings. Raises UserError if it is not installed."""
-    try:
-        from sklearn import manifold  # an optional package
-    except ImportError as error:
-        raise UserError("--method tsne needs scikit-learn: pip install scikit-learn") from error
-    return manifold
-
-
-def tsne(features):
-    """scikit-learn's t-SNE of features (M, D), M >= 3 → (M, 2); the same each time."""
-    found = manifold().TSNE(init="pca", random_state=0, perplexity=min(30, (len(features) - 1) / 3))
-    return torch.from_numpy(found.fit_transform(features.cpu().numpy()))
-
-
-def scatter(places, labels, classes, axes_names, title):
-    """A figure of points (M, 2), each in its class's colour; up to 20 classes are named beside it."""
-    named = len(classes) <= 20
+def scatter(points: "Map") -> "Figure":
+    """A figure of images as points, each in its class's colour; up to 20 classes are named beside it."""
+    named = len(points.classes) <= 20
     figure = new_figure((7.5 if named else 6, 5.6))
     axes = figure.add_subplot()
-    for i, name in enumerate(classes):
-        mine = [place for place, label in zip(places, labels) if label == i]
+    for i, name in enumerate(points.classes):
+        mine = [place for place, label in zip(points.places, points.labels) if label == i]
         if mine:
             axes.scatter(*zip(*mine), s=9, alpha=0.7, linewidths=0, label=plain(name), **look(i))
     if named:
         figure.legend(loc="outside right upper", markerscale=2, frameon=False)
-    axes.set_title(plain(title if named else f"{title}, {len(classes)} classes"), fontsize=10)
-    axes.set_xlabel(axes_names[0])
-    axes.set_ylabel(axes_names[1])
+    axes.set_title(plain(points.title + ("" if named else f", {len(points.classes)} classes")), fontsize=10)
+    axes.set_xlabel(points.axes[0])
+    axes.set_ylabel(points.axes[1])
     axes.grid(True, alpha=0.3)
     return figure
 
 
 if __name__ == "__main__":
-    distributed.command(run, parse)
+    command(run, parse)

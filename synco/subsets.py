@@ -5,13 +5,13 @@ import hashlib
 import http.client
 import os
 import re
-import tempfile
 import time
 import urllib.request
+from collections.abc import Collection
 
-from synco import checkpoint, datasets, distributed
+from synco import datasets, distributed, files
+from synco.errors import UserError
 from synco.index import cache_folder
-from synco.options import UserError
 
 # https://github.com/google-research/simclr (arXiv 2002.05709): {percent: (name, SHA-256)}
 URL = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/"
@@ -23,7 +23,7 @@ SECONDS = 60  # for a download
 WNID = re.compile(r"n\d{8}")  # the name of one of ImageNet's classes
 
 
-def subset(images, percent, seed, file=None):
+def subset(images: datasets.Images, percent: int, seed: int, file: str | None = None) -> tuple[datasets.Images, str]:
     """The labelled part of a training folder → (`Images`, where the list is from, in words).
 
     images: `datasets.Images`; percent: 1, 10 or 100; file: a list to use in place of the percent's.
@@ -40,12 +40,12 @@ def subset(images, percent, seed, file=None):
     return restricted(images, *found), f"SimCLR's {LISTS[percent][0]}"
 
 
-def is_imagenet(classes):
+def is_imagenet(classes: Collection[str]) -> bool:
     """Whether these are ImageNet's 1,000 classes, by number and form; the list itself tells whether it fits them."""
     return len(classes) == 1000 and all(WNID.fullmatch(name) for name in classes)
 
 
-def balanced(images, percent, seed):
+def balanced(images: datasets.Images, percent: int, seed: int) -> list[str]:
     """Draw `percent` of each class's images, rounded, at least one → their names, sorted.
 
     Those with the smallest SHA-256 of (seed, percent, name): neither the machine nor the order of reading matters.
@@ -56,16 +56,20 @@ def balanced(images, percent, seed):
     return sorted(images.names[i] for i in chosen)
 
 
-def read_list(path):
+def read_list(path: str) -> list[str]:
     """The names in a list, one a line: "class/file", or as in SimCLR's "wnid_N.JPEG", whose class is the wnid."""
+    return parse(_content(path), path)
+
+
+def _content(path):
     try:
-        with open(path, "rb") as file:
-            return parse(file.read(), path)
+        with files.open_regular(path) as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"{path}: the list of images cannot be read ({error.strerror})") from error
 
 
-def parse(content, path):
+def parse(content: bytes, path: str) -> list[str]:
     """The lines of a list, as bytes → names "class/file". A file name may hold any byte but 0 and the line's end."""
     if b"\0" in content:
         raise UserError(f"{path}: not a list of images: it is no text file")
@@ -86,7 +90,7 @@ def parse(content, path):
     return names
 
 
-def restricted(images, names, path="the draw"):
+def restricted(images: datasets.Images, names: Collection[str], path: str = "the draw") -> datasets.Images:
     """The images with these names, sorted by them, as `Images` with all their classes.
 
     Raises UserError that counts and names those that are not there; `path` is where the names are from.
@@ -104,10 +108,10 @@ def restricted(images, names, path="the draw"):
             f"{path}: {len(missing)} of its {len(names)} images are not in {images.root}, "
             f"such as {', '.join(missing[:3])}"
         )
-    return images.part([known[name] for name in sorted(names)])
+    return images.subset([known[name] for name in sorted(names)])
 
 
-def list_of(images):
+def list_of(images: datasets.Images) -> bytes:
     """The names of the images, sorted, as `parse` reads them: "wnid_N.JPEG" where that tells the class."""
     lines = []
     for name in sorted(images.names):
@@ -117,26 +121,29 @@ def list_of(images):
     return b"".join(lines)
 
 
-def digest(images):
+def digest(images: datasets.Images) -> str:
     """The SHA-256 of `list_of`."""
     return hashlib.sha256(list_of(images)).hexdigest()
 
 
-def write_list(images, path):
-    """Write `list_of`. Raises UserError if the file is there and says something else."""
+def write_list(images: datasets.Images, path: str) -> None:
+    """Write `list_of`. Raises UserError if the file is there and says something else, or could not be read back."""
+    for name in images.names:
+        if "\n" in name or name.endswith("\r"):
+            raise UserError(f"--write-subset {path}: a list has one name a line, and {name} holds a line break")
     content = list_of(images)
     try:
         if os.path.exists(path):
-            with open(path, "rb") as file:
+            with files.open_regular(path) as file:
                 if file.read() != content:
                     raise UserError(f"--write-subset {path}: is there and holds something else; give another name")
-        with checkpoint.whole(path) as file:
+        with files.atomic_write(path) as file:
             file.write(content)
     except OSError as error:
         raise UserError(f"--write-subset {path}: cannot be written ({error.strerror})") from error
 
 
-def published_list(percent):
+def published_list(percent: int) -> tuple[list[str], str]:
     """SimCLR's list of 1 or 10 percent of ImageNet, from the cache folder or downloaded → (names, its file).
 
     Raises UserError that says where to put the file if it cannot be had.
@@ -144,8 +151,7 @@ def published_list(percent):
     name, digest = LISTS[percent]
     path = os.path.join(cache_folder(), name)
     if os.path.isfile(path):
-        with open(path, "rb") as file:
-            content = file.read()
+        content = _content(path)
         if hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{path}: not SimCLR's list (its SHA-256 differs): remove it, and it is downloaded again")
         return parse(content, path), path
@@ -159,15 +165,14 @@ def published_list(percent):
         raise UserError(f"what {URL}{name} sent is not SimCLR's list (its SHA-256 differs): {by_hand}")
     try:
         os.makedirs(cache_folder(), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_folder(), delete=False) as file:  # several jobs may start at once
+        with files.atomic_write(path) as file:  # several jobs may start at once
             file.write(content)
-        os.replace(file.name, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name the list with --subset-file") from error
     return parse(content, path), path
 
 
-def download(url):
+def download(url: str) -> bytes:
     """What a URL sends, at most 16 MiB within `SECONDS`. Raises OSError or HTTPException."""
     end = time.monotonic() + SECONDS
     content = b""

@@ -3,10 +3,12 @@
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same with and without GPUs; before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run side by side, and each of them is small
 
 import functools
 import importlib
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 ARCH = "shufflenet_v2_x0_5"
+WORKERS = {"main_synco": "pretrain", "main_lincls": "probe", "main_semisup": "train"}  # what a script runs in a process
 
 # main_synco on a network, queue and images small enough for many runs
 SMALL = (
@@ -51,10 +54,16 @@ def data(tmp_path_factory):
     return str(folder)
 
 
+def as_the_programs_own():
+    """Have pytest's stdout and stderr replace what they have no character for, as the programs' own do."""
+    sys.stdout.reconfigure(errors="replace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+
+
 @pytest.fixture
 def programs(monkeypatch, capsys):
     """programs("main_lincls", "flags ...") runs a script in this process → (exit status, stdout, stderr)."""
-    from synco import distributed
+    from synco.launch import launch_status
 
     for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
@@ -63,12 +72,9 @@ def programs(monkeypatch, capsys):
     def run(name, *flags):
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [name.rpartition(".")[2] + ".py", *map(str, flags)])
-        status = 0
         capsys.readouterr()
-        try:
-            distributed.launch(module.run, module.parse)
-        except SystemExit as stop:
-            status = stop.code
+        as_the_programs_own()
+        status = launch_status(getattr(module, WORKERS.get(name, "run")), module.parse)
         out, err = capsys.readouterr()
         return status, out, err
 
@@ -83,18 +89,35 @@ def program(programs):
 
 
 @pytest.fixture
+def signal_after(monkeypatch):
+    """signal_after(n): this process gets SIGTERM in its n-th gradient step from now, once."""
+    step = torch.optim.SGD.step
+
+    def arm(count, number=signal.SIGTERM):
+        left = [count]
+
+        def counting(self, *args):
+            found = step(self, *args)
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            return found
+
+        monkeypatch.setattr(torch.optim.SGD, "step", counting)
+
+    return arm
+
+
+@pytest.fixture
 def tool(monkeypatch, capsys):
     """tool(module, "flags ...") runs a tool of one process in this process → (exit status, stdout, stderr)."""
-    from synco import distributed
+    from synco.launch import command_status
 
     def run(module, *flags):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
-        status = 0
         capsys.readouterr()
-        try:
-            distributed.command(module.run, module.parse)
-        except SystemExit as stop:
-            status = stop.code
+        as_the_programs_own()
+        status = command_status(module.run, module.parse)
         out, err = capsys.readouterr()
         return status, out, err
 
@@ -142,6 +165,19 @@ def pretrained_of(tmp_path_factory):
 def pretrained(pretrained_of):
     """A `pretrained_of` a small network → path."""
     return str(pretrained_of(ARCH)[0])
+
+
+def cut_at(monkeypatch, name, nth=1):
+    """Have Ctrl-C come when the n-th file of that name is about to be there, whole and under its name."""
+    replace, left = os.replace, [nth]
+
+    def cutting(source, target):
+        left[0] -= os.path.basename(target) == name
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", cutting)
 
 
 def free_port():

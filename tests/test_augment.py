@@ -9,9 +9,10 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from synco import augment, datasets, loader
+from synco import augment, datasets, decode, loader
 from synco.distributed import Process, seed_of
-from synco.options import STATS, UserError
+from synco.errors import UserError
+from synco.options import STATS
 
 HALF_STEP = 0.5 / 255
 
@@ -87,7 +88,7 @@ def test_blur_is_torchvisions_with_each_images_own_deviation(images, taps):
     found = augment.blurred(images, sigma, taps)
     for image, result, s in zip(images, found, sigma.tolist()):
         torch.testing.assert_close(result, F.gaussian_blur(image, [taps, taps], [s, s]), atol=1e-5, rtol=0)
-    step = augment.Blur(loader.GaussianBlur())
+    step = augment.Blur(augment.GaussianBlur())
     some = step(images.clone(), torch.where(torch.arange(12) % 2 == 0, 0, sigma)[:, None])
     assert torch.equal(some[::2], images[::2])  # 0: none
     torch.testing.assert_close(some[1::2], augment.blurred(images, sigma)[1::2], atol=1e-6, rtol=0)
@@ -110,7 +111,7 @@ def smooth(seed, size=(90, 70)):
 @pytest.mark.parametrize("kind, size", [("v2", 64), ("v2", 32), ("v1", 40)])
 def test_a_view_is_the_pil_pipelines_view_but_for_rounding(kind, size):
     """Equal draws: one other crop, flip, factor or deviation would show at once."""
-    pil = loader.augmentation(size, kind)
+    pil = augment.augmentation(size, kind)
     crop, finish = augment.Crop(pil), augment.Finish(pil, torch.device("cpu"))
     std = torch.tensor(STATS["imagenet"][1]).view(3, 1, 1)
     for seed in range(30):
@@ -130,7 +131,7 @@ def test_a_view_is_the_pil_pipelines_view_but_for_rounding(kind, size):
 
 def test_parameters_are_spread_as_in_the_recipe():
     """Frequencies within four standard deviations, means and ends of the ranges."""
-    crop = augment.Crop(loader.augmentation(64))
+    crop = augment.Crop(augment.augmentation(64))
     torch.manual_seed(0)
     image, count = torch.zeros(3, 8, 8, dtype=torch.uint8), 3000
     found = torch.stack([crop(image)[1] for _ in range(count)])
@@ -155,12 +156,12 @@ def test_parameters_are_spread_as_in_the_recipe():
 @pytest.fixture
 def crops(tmp_path):
     make_images(tmp_path / "train", classes=3, images=5)
-    images = datasets.image_folder(str(tmp_path), "train").raw()
-    return loader.TwoCrops(images, augment.Crop(loader.augmentation(24, blur=True)), seed=9)
+    images = datasets.image_folder(str(tmp_path), "train").as_uint8()
+    return loader.TwoCrops(images, augment.Crop(augment.augmentation(24, blur=True)), seed=9)
 
 
 def test_views_do_not_depend_on_workers_and_batch(crops):
-    finish = augment.Finish(loader.augmentation(24, blur=True), torch.device("cpu"))
+    finish = augment.Finish(augment.augmentation(24, blur=True), torch.device("cpu"))
     found = []
     for workers, size in ((0, 4), (2, 4), (1, 6)):
         batches = augment.Finished(loader.train_loader(crops, size, process=Process(), workers=workers, seed=9), finish)
@@ -191,9 +192,9 @@ def test_views_do_not_depend_on_workers_and_batch(crops):
 def test_files_are_read_with_pils_pixels(tmp_path, mode, format):
     path = str(tmp_path / "image")
     smooth(1, (61, 47)).convert(mode).save(path, format)
-    expected = np.asarray(loader.read_image(path)).transpose(2, 0, 1)
-    assert augment.read(path).dtype == torch.uint8
-    np.testing.assert_array_equal(augment.read(path), expected)
+    expected = np.asarray(decode.read_image(path)).transpose(2, 0, 1)
+    assert decode.read_uint8(path).dtype == torch.uint8
+    np.testing.assert_array_equal(decode.read_uint8(path), expected)
 
 
 @pytest.mark.parametrize(
@@ -205,13 +206,13 @@ def test_damaged_files_are_named(tmp_path, damage):
     path = tmp_path / "bad.jpg"
     path.write_bytes(damage(whole.getvalue()))
     with pytest.raises(UserError, match="bad.jpg: cannot be read as an image"):
-        augment.read(str(path))
+        decode.read_uint8(str(path))
     with pytest.raises(UserError, match="none.jpg: cannot be read as an image"):
-        augment.read(str(tmp_path / "none.jpg"))
+        decode.read_uint8(str(tmp_path / "none.jpg"))
 
 
 def test_what_the_device_cannot_do_is_named():
-    heavy = loader.augmentation(32, "heavy")
+    heavy = augment.augmentation(32, "heavy")
     with pytest.raises(UserError, match="--augment-on device cannot do RandAugment; leave it to --augment-on cpu"):
         augment.Crop(heavy)
     with pytest.raises(UserError, match="begins with CenterCrop, not with a crop"):

@@ -11,16 +11,9 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from synco import metrics
-from synco.builder import (
-    SplitBatchNorm2d,
-    SynCo,
-    features,
-    head_name,
-    network_of,
-    split_batch_norm,
-    update_ema,
-)
+from synco.builder import SynCo, update_ema
 from synco.negatives import hardest, synthesize
+from synco.networks import network_of
 
 FEW = {"n_hard": 8, "n1": 2, "n2": 2, "n3": 2, "n4": 1, "n5": 1, "n6": 1}
 
@@ -63,39 +56,6 @@ def test_state_dict_names_are_the_published_ones():
     assert order == sorted(order, key=lambda name: not name.startswith("encoder_q"))
     linear = SynCo(network_of("resnet18", 32), K=64, n_hard=8, mlp=False)
     assert linear.encoder_q.fc.weight.shape == (128, 512)
-
-
-@pytest.mark.parametrize(
-    "arch, head, size",
-    [
-        ("resnet18", "fc", 32),
-        ("vgg11", "classifier.6", 32),
-        ("densenet121", "classifier", 32),
-        ("mobilenet_v3_small", "classifier.3", 32),
-        ("efficientnet_b0", "classifier.1", 32),
-        ("convnext_tiny", "classifier.2", 32),
-        ("regnet_y_400mf", "fc", 32),
-        ("mnasnet0_5", "classifier.1", 32),
-        ("googlenet", "fc", 32),
-        ("inception_v3", "fc", 96),
-        ("vit_b_16", "heads.head", 32),
-        ("swin_t", "head", 32),
-    ],
-)
-def test_the_head_is_found_by_what_it_is(arch, head, size):
-    network = network_of(arch, size)(num_classes=12)
-    assert head_name(network, 12) == head
-    model = SynCo(network_of(arch, size), 12, 16, n_hard=4, n1=1, n2=1, n3=1, n4=1, n5=1, n6=1)
-    images = torch.randn(2, 3, size, size)
-    logits, _ = model.eval()(images, images)
-    assert logits.shape == (2, 1 + 16 + 6)
-    width = model.encoder_q.get_submodule(head)[0].in_features
-    assert features(model.encoder_q, head, images).shape == (2, width)
-
-
-def test_a_network_without_a_linear_head_is_refused():
-    with pytest.raises(ValueError, match="SqueezeNet has no linear layer with 128 outputs"):
-        SynCo(network_of("squeezenet1_1", 32))
 
 
 @pytest.mark.parametrize(
@@ -346,40 +306,6 @@ def test_symmetric_queries_have_negatives_of_their_own():
         model(torch.randn(11, 6), torch.randn(11, 6))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "timm:resnet18"])
-def test_the_small_stem(arch):
-    if arch.startswith("timm:"):
-        pytest.importorskip("timm")
-    torch.manual_seed(0)
-    network = network_of(arch, 32, "cifar")(num_classes=10)
-    conv = network.conv1
-    assert (conv.kernel_size, conv.stride, conv.padding, conv.bias) == ((3, 3), (1, 1), (1, 1), None)
-    seen = []
-    network.layer1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
-    network.eval()(torch.zeros(2, 3, 32, 32))
-    assert seen == [(2, 64, 32, 32)]  # neither the convolution nor a pool made it smaller
-    assert conv.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)  # He's, fan-out
-    plain = network_of(arch, 32)(num_classes=10).state_dict()
-    found = network.state_dict()
-    assert list(plain) == list(found)
-    assert [name for name in plain if plain[name].shape != found[name].shape] == ["conv1.weight"]
-
-
-@pytest.mark.parametrize("arch", ["vgg11", "densenet121", "shufflenet_v2_x0_5", "vit_b_32"])
-def test_networks_without_such_a_stem(arch):
-    with pytest.raises(ValueError, match="has no ResNet's stem to replace"):
-        network_of(arch, 32, "cifar")(num_classes=10)
-
-
-@pytest.mark.parametrize("name, size", [("efficientnet_b0", 64), ("vit_tiny_patch16_224", 32)])
-def test_networks_of_timm(name, size):
-    pytest.importorskip("timm")
-    model = SynCo(network_of(f"timm:{name}", size), 12, 16, mlp=True, n_hard=4, n1=1, n2=1, n3=1, n4=1, n5=1, n6=1)
-    images = torch.randn(2, 3, size, size)
-    logits, _ = model.eval()(images, images)
-    assert logits.shape == (2, 1 + 16 + 6)
-
-
 def test_draws_depend_on_seed_and_step_alone():
     def logits(seed, step, before=0):
         model = small(seed=seed).eval()
@@ -427,51 +353,6 @@ def test_synthesis_runs_no_autograd(monkeypatch):
     monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: pytest.fail("autograd.backward was called"))
     model, images = small(), torch.randn(3, 6)
     model(images, images)
-
-
-@pytest.mark.parametrize("k", [2, 4])
-def test_split_batch_norm_equals_separate_ones(k):
-    torch.manual_seed(0)
-    x = torch.randn(8, 3, 5, 5, requires_grad=True)
-    split = SplitBatchNorm2d(3, splits=k)
-    nn.init.normal_(split.weight), nn.init.normal_(split.bias)
-    norms = [nn.BatchNorm2d(3) for _ in range(k)]
-    for norm in norms:
-        norm.load_state_dict(split.state_dict())
-    twin = x.detach().clone().requires_grad_()
-    weights = torch.randn(8, 3, 5, 5)
-
-    for _ in range(3):
-        ours = split(x)
-        theirs = torch.empty_like(ours)
-        for s, norm in enumerate(norms):
-            theirs[s::k] = norm(twin[s::k])
-    torch.testing.assert_close(ours, theirs)
-    (ours * weights).sum().backward()
-    (theirs * weights).sum().backward()
-    torch.testing.assert_close(x.grad, twin.grad)
-    torch.testing.assert_close(split.weight.grad, sum(norm.weight.grad for norm in norms))
-    torch.testing.assert_close(split.running_mean, torch.stack([n.running_mean for n in norms]).mean(0))
-    torch.testing.assert_close(split.running_var, torch.stack([n.running_var for n in norms]).mean(0))
-    assert split.num_batches_tracked == 3
-
-    plain = nn.BatchNorm2d(3)
-    plain.load_state_dict(split.state_dict())
-    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
-    with pytest.raises(ValueError, match=f"batch of 9 cannot be normalised in {k} equal splits"):
-        split.train()(torch.randn(9, 3, 5, 5))
-
-
-def test_split_batch_norm_replaces_every_batch_norm():
-    network = torchvision.models.resnet18()
-    names = list(network.state_dict())
-    split_batch_norm(network, 2)
-    kinds = {type(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
-    assert kinds == {SplitBatchNorm2d} and list(network.state_dict()) == names
-    with pytest.raises(ValueError, match="has no BatchNorm2d"):
-        split_batch_norm(nn.Sequential(nn.Linear(2, 2)), 2)
-    with pytest.raises(ValueError, match="has BatchNorm1d, which cannot be split"):  # and not the one without the other
-        split_batch_norm(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm1d(2)), 2)
 
 
 def images_only(num_classes):

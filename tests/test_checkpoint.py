@@ -3,16 +3,18 @@
 import copy
 import os
 import pickle
+import random
 import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 
+from benchmarks import survival as interrupted
 from synco import checkpoint
-from synco.builder import SynCo, network_of
-from synco.options import UserError
+from synco.builder import SynCo
+from synco.errors import UserError
+from synco.networks import network_of
 
 FEW = {"n_hard": 8, "n1": 2, "n2": 2, "n3": 2, "n4": 1, "n5": 1, "n6": 1}
 
@@ -47,12 +49,12 @@ def published():
 
 def test_names_and_keys_are_the_published_ones(published):
     content, model, optimizer = published
-    names = list(checkpoint.prefixed(model))
+    names = set(checkpoint.prefixed(model.state_dict()))
+    assert names == set(content["state_dict"])
     assert all(name.startswith(("module.encoder_q.", "module.encoder_k.", "module.queue")) for name in names)
-    assert {"module.encoder_q.conv1.weight", "module.encoder_k.fc.2.bias", "module.queue", "module.queue_ptr"} < set(
-        names
-    )
+    assert {"module.encoder_q.conv1.weight", "module.encoder_k.fc.2.bias", "module.queue_ptr"} < names
     assert content["state_dict"]["module.queue"].shape == (48, 16)
+    assert set(checkpoint.unprefixed(content["state_dict"])) == set(model.state_dict())
     state = optimizer.state_dict()
     assert len(state["param_groups"]) == 1 and len(state["param_groups"][0]["params"]) == 128
     assert sorted(state["state"]) == list(range(64))  # momentum for the query encoder's parameters alone
@@ -90,8 +92,10 @@ def test_the_references_checkpoint_resumes_with_its_optimizer(published, tmp_pat
 
     model, optimizer = resnet(seed=1)
     optimizer.param_groups[0]["weight_decay"] = 5e-4
-    assert checkpoint.resume(checkpoint.load(path), path, model, optimizer, "resnet18") == 7
-    assert same(model, trained)
+    saved = checkpoint.load(path)
+    checkpoint.load_model(saved, path, model)
+    checkpoint.load_optimizer(saved, path, optimizer)
+    assert same(model, trained) and saved["config"] == {}
     assert optimizer.param_groups[0]["weight_decay"] == 5e-4  # the command line's, not the file's
     twin, twin_optimizer = copy.deepcopy((trained, trained_optimizer))
     twin_optimizer.param_groups[0]["weight_decay"] = 5e-4
@@ -100,124 +104,47 @@ def test_the_references_checkpoint_resumes_with_its_optimizer(published, tmp_pat
     assert same(model, twin)  # the momentum came along
 
 
-@pytest.mark.parametrize("old_format", [True, False])
-def test_moco_published_weights_load(tmp_path, old_format):
-    """MoCo's published files: the query encoder alone, in torch's format of 2020."""
-    torch.manual_seed(0)
-    network = torchvision.models.resnet18(num_classes=128)
-    path = str(tmp_path / "moco_v1_200ep_pretrain.pth.tar")
-    state = {f"module.encoder_q.{name}": value for name, value in network.state_dict().items()}
-    content = {"epoch": 200, "arch": "resnet18", "state_dict": state}
-    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
-    assert zipfile.is_zipfile(path) != old_format
-    found = checkpoint.backbone(checkpoint.load(path), path)
-    backbone = {name: w for name, w in network.state_dict().items() if not name.startswith("fc.")}
-    assert found.keys() == backbone.keys() and all(torch.equal(found[name], backbone[name]) for name in backbone)
-    model, optimizer = resnet()
-    with pytest.raises(UserError, match="not a pretraining checkpoint that can be resumed: it has no optimizer"):
-        checkpoint.resume(checkpoint.load(path), path, model, optimizer, "resnet18")
-
-
-def names_of(network):
-    return {name for name in network.state_dict() if not name.startswith("fc.")}
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("bare", [False, True])
-def test_the_backbone_of_torchvisions_weights(tmp_path, prefix, bare):
-    torch.manual_seed(3)
-    source, network = torchvision.models.resnet18(), torchvision.models.resnet18(num_classes=7)
-    weights = {prefix + name: tensor for name, tensor in source.state_dict().items()}
-    torch.save(weights if bare else {"state_dict": weights}, tmp_path / "x.pth")
-    found = checkpoint.backbone(checkpoint.load(tmp_path / "x.pth"), "x.pth", arch="resnet18")
-    assert checkpoint.load_backbone(network, "fc", found, "x.pth") == len(names_of(source)) == 120
-    assert all(torch.equal(network.state_dict()[name], source.state_dict()[name]) for name in names_of(source))
-
-
-def test_the_backbone_of_a_pretraining_is_the_query_encoder(published):
-    content, model, _ = published
-    found = checkpoint.backbone(content, "x")
-    encoder = model.encoder_q.state_dict()
-    assert set(found) == names_of(torchvision.models.resnet18())
-    assert all(torch.equal(found[name], encoder[name]) for name in found)
-    old = {name: w for name, w in found.items() if not name.endswith("num_batches_tracked")}  # before torch 0.4.1
-    network = torchvision.models.resnet18()
-    assert checkpoint.load_backbone(network, "fc", old, "x") == 100
-    assert all(torch.equal(network.state_dict()[name], old[name]) for name in old)
-    # weights in half precision, and the auxiliary classifiers of torchvision's own files
-    half = {name: w.half() if w.is_floating_point() else w for name, w in found.items()}
-    assert checkpoint.load_backbone(network, "fc", half, "x") == 120 and network.conv1.weight.dtype == torch.float32
-    assert checkpoint.backbone({"state_dict": {"conv.w": 1, "aux1.fc1.weight": 2, "fc.weight": 3}}, "x") == {
-        "conv.w": 1
-    }
-
-
-def test_a_backbone_that_does_not_fit_is_refused_with_the_names(published):
-    content, _, _ = published
-    with pytest.raises(UserError, match="x: is a checkpoint of 'resnet18'; --arch is 'resnet50'"):
-        checkpoint.backbone(content, "x", arch="resnet50")
-    classifier = {"state_dict": torchvision.models.resnet18().state_dict(), "best_acc1": 12.5, "arch": "resnet18"}
-    with pytest.raises(UserError, match="x: is a classifier's checkpoint; --pretrained takes a pretraining's"):
-        checkpoint.backbone(classifier, "x")
-    assert set(checkpoint.backbone(classifier, "x", classifier=True)) == names_of(torchvision.models.resnet18())
-
-    network = torchvision.models.resnet18()
-    before = copy.deepcopy(network)
-    good = checkpoint.backbone(content, "x")
-    for change, message in (
-        ({"conv1.weight": None}, r"missing: conv1\.weight$"),
-        ({"conv1.weight": None, "bn1.weight": None, "bn1.bias": None, "layer4.0.conv1.weight": None}, "and 1 more$"),
-        ({"layer5.weight": torch.ones(2)}, r"unknown: layer5\.weight$"),
-        ({"bn1.bias": torch.ones(32)}, r"of another shape: bn1\.bias \(\(32,\) where \(64,\) is wanted\)$"),
-        ({"bn1.running_var": torch.full((64,), float("nan"))}, "bn1.running_var holds values that are not finite"),
-    ):
-        weights = {name: w for name, w in {**good, **change}.items() if w is not None}
-        with pytest.raises(UserError, match=message):
-            checkpoint.load_backbone(network, "fc", weights, "x")
-        assert same(network, before)
-    deeper = checkpoint.backbone({"state_dict": torchvision.models.resnet152().state_dict()}, "x")
-    with pytest.raises(UserError, match="unknown: layer2.4.conv1.weight, "):  # every name of resnet50 is in it
-        checkpoint.load_backbone(torchvision.models.resnet50(), "fc", deeper, "x")
-    with pytest.raises(UserError, match="missing: conv1.weight, .*; unknown: encoder_k.conv1.weight, .* and 117 more"):
-        keys = {"encoder_k." + name: w for name, w in good.items()}
-        checkpoint.load_backbone(network, "fc", checkpoint.backbone({"state_dict": keys}, "x"), "x")
-
-
-def test_sha256(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert checkpoint.sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"arch": "resnet50"}, "is a checkpoint of 'resnet50'; --arch is 'resnet18'"),
-        ({"optimizer": None}, "its optimizer state does not fit"),
-        ({"optimizer": {"state": {}, "param_groups": []}}, "its optimizer state does not fit"),
-        ({"epoch": "seven"}, "its epoch is 'seven'"),
-        ({"epoch": -1}, "its epoch is -1"),
-    ],
-)
-def test_what_does_not_fit_is_refused_and_changes_nothing(published, change, message):
-    content, _, _ = published
-    model, optimizer = resnet(seed=1)
-    before = copy.deepcopy(model)
-    with pytest.raises(UserError, match=message):
-        checkpoint.resume({**content, **change}, "x.pth.tar", model, optimizer, "resnet18")
-    assert same(model, before) and not optimizer.state
+@pytest.mark.parametrize("state", [None, {}, {"state": {}, "param_groups": []}, {"state": {0: {"x": torch.ones(3)}}}])
+def test_an_optimizer_state_that_does_not_fit_is_refused_and_changes_nothing(published, state):
+    _, optimizer = resnet(seed=1)
+    with pytest.raises(UserError, match="x.pth.tar: its optimizer state does not fit"):
+        checkpoint.load_optimizer({"optimizer": state}, "x.pth.tar", optimizer)
+    assert not optimizer.state
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(published):
     content, _, _ = published
-    model, optimizer = resnet(seed=1, K=96)
-    with pytest.raises(UserError, match=r"of another shape: queue \(\(48, 16\) where \(96, 16\) is wanted\)"):
-        checkpoint.resume(content, "x", model, optimizer, "resnet18")
-    state = dict(content["state_dict"])
-    del state["module.encoder_q.conv1.weight"]
-    state["module.extra"] = torch.zeros(1)
-    model, optimizer = resnet(seed=1)
-    with pytest.raises(UserError, match="missing: encoder_q.conv1.weight; unknown: extra$"):
-        checkpoint.resume({**content, "state_dict": state}, "x", model, optimizer, "resnet18")
+    state = content["state_dict"]
+    few = {name: tensor for name, tensor in state.items() if name != "module.encoder_q.conv1.weight"}
+    for K, weights, message in (
+        (96, state, r"of another shape: queue \(\(48, 16\) where \(96, 16\) is wanted\)"),
+        (48, few | {"module.extra": torch.zeros(1)}, "missing: encoder_q.conv1.weight; unknown: extra$"),
+        (48, state | {"module.queue": torch.full((48, 16), torch.inf)}, "queue holds values that are not finite"),
+        (
+            48,
+            state | {"module.queue": torch.ones(48, 16).to_sparse()},
+            "queue is a tensor of torch.float32, torch.spar",
+        ),
+        (48, state | {"module.queue_ptr": torch.ones(1, dtype=torch.bool)}, "queue_ptr is a tensor of torch.bool"),
+    ):
+        model, _ = resnet(seed=1, K=K)
+        before = copy.deepcopy(model)
+        with pytest.raises(UserError, match=message):
+            checkpoint.load_model({"state_dict": weights}, "x", model)
+        assert same(model, before)
+
+
+def test_positions_that_make_no_sense_are_refused():
+    for epoch in ("seven", -1, None, torch.ones(1)):
+        with pytest.raises(UserError, match="x: its epoch is .*, not a number of epochs done"):
+            checkpoint.check_epoch({"epoch": epoch}, "x")
+    checkpoint.check_epoch({"epoch": 7}, "x")
+    for step, per in (("x", 3), (99, 3), (3, 3), (10, 3), (7, "3"), (None, 3)):
+        with pytest.raises(UserError, match="x: its step is .* after 2 epochs of "):
+            checkpoint.position({"epoch": 2, "step": step, "steps_per_epoch": per}, "x", 3)
+    with pytest.raises(UserError, match="x: was stopped within an epoch of 4 steps; here an epoch has 3"):
+        checkpoint.position({"epoch": 2, "step": 9, "steps_per_epoch": 4}, "x", 3)
+    assert checkpoint.position({"epoch": 2, "step": 8, "steps_per_epoch": 4}, "x", 3) == 6  # whole epochs
 
 
 class Hostile:
@@ -285,24 +212,89 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder that holds the name
 
 
-def test_saving_makes_an_ordinary_file_and_leaves_others_alone(tmp_path):
-    """The permissions are those of open(), and a file that happens to have a temporary file's name stays."""
-    (tmp_path / "x.tmp").write_text("mine")
-    (tmp_path / "ordinary").touch()
-    checkpoint.save({"state_dict": {}}, str(tmp_path / "x"))
-    assert sorted(os.listdir(tmp_path)) == ["ordinary", "x", "x.tmp"] and (tmp_path / "x.tmp").read_text() == "mine"
-    assert (tmp_path / "x").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
-
-
-def test_numbered_sorts_by_number_and_ignores_other_files(tmp_path):
-    for name in ("0002", "0010", "0001", "12345", "lincls", "002", "0003.pth.tar"):
-        (tmp_path / f"checkpoint_{name}.pth.tar").touch()
-    assert [number for number, _ in checkpoint.numbered(str(tmp_path))] == [1, 2, 10, 12345]
-    assert checkpoint.numbered(str(tmp_path / "none")) == []
-
-
 def test_a_save_removes_what_a_killed_one_has_left(tmp_path):
     for name in ("a.pth.tar.0123abcd.tmp", "b.pth.tar.0123abcd.tmp", "a.pth.tar.tmp"):
         (tmp_path / name).write_bytes(b"half")
     checkpoint.save({"epoch": 1}, str(tmp_path / "a.pth.tar"))
     assert sorted(os.listdir(tmp_path)) == ["a.pth.tar", "a.pth.tar.tmp", "b.pth.tar.0123abcd.tmp"]
+
+
+# ------------------------------------------------------------------------------------------------ damaged files
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("whole") / "checkpoint_0000.pth.tar")
+    state = {f"w{i}": torch.randn(40, 7) for i in range(20)}
+    checkpoint.save({"epoch": 1, "state_dict": state, "optimizer": {"state": {}}}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", interrupted.KINDS)
+def test_every_damaged_file_is_refused_in_one_line(whole, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    with open(whole, "rb") as file:
+        content = file.read()
+    rng = random.Random(kind)
+    for _ in range(40):
+        interrupted.damage("bad.pth.tar", content, kind, rng)
+        with open("bad.pth.tar", "rb") as file:
+            if file.read() == content:  # zeros in place of zeros
+                continue
+        with pytest.raises(UserError, match="^bad.pth.tar: not a ") as error:
+            checkpoint.load("bad.pth.tar")
+        assert "\n" not in str(error.value)
+    assert os.listdir() == ["bad.pth.tar"]
+
+
+def test_a_flipped_bit_in_any_of_the_last_bytes_is_seen(whole, tmp_path):
+    with open(whole, "rb") as file:
+        content = bytearray(file.read())
+    path = str(tmp_path / "x.pth.tar")
+    for place in range(1, 110):
+        content[-place] ^= 16
+        with open(path, "wb") as file:
+            file.write(content)
+        content[-place] ^= 16
+        with pytest.raises(UserError, match="not a whole checkpoint file"):
+            checkpoint.check_whole(path)
+
+
+def test_other_readers_take_a_sealed_file_and_foreign_ones_are_checked_by_their_own_sums(whole, tmp_path):
+    plain = torch.load(whole, weights_only=True)
+    assert torch.load(whole, weights_only=True, mmap=True)["epoch"] == 1
+    with zipfile.ZipFile(whole) as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"synco sha256 ")
+    path = tmp_path / "foreign.pth.tar"
+    torch.save(plain, path)
+    assert torch.equal(checkpoint.load(path)["state_dict"]["w3"], plain["state_dict"]["w3"])
+    content = bytearray(path.read_bytes())
+    where = content.index(plain["state_dict"]["w3"].numpy().tobytes())
+    content[where + 100] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True)["epoch"] == 1  # torch itself does not notice
+    with pytest.raises(UserError, match="foreign.pth.tar: not a whole checkpoint file"):
+        checkpoint.load(path)
+    with zipfile.ZipFile(tmp_path / "packed.pth.tar", "w", zipfile.ZIP_DEFLATED) as archive:  # 1000 times its size
+        archive.writestr("x/data.pkl", bytes(10_000_000))
+    with pytest.raises(UserError, match="packed.pth.tar: not a whole checkpoint file"):
+        checkpoint.load(tmp_path / "packed.pth.tar")
+
+
+def test_nothing_that_is_not_finite_is_saved():
+    content = {"state_dict": {"w": torch.ones(3)}, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}}
+    checkpoint.check_before_saving(content)
+    for place in (content["state_dict"], content["optimizer"]["state"][0]):
+        name = next(iter(place))
+        place[name] = torch.tensor([1.0, float("inf"), 0.0])
+        with pytest.raises(FloatingPointError, match=f"{name}.* is not finite"):
+            checkpoint.check_before_saving(content)
+        place[name] = torch.ones(3)
+
+
+def test_where_checkpoints_of_before_stopped():
+    """They tell the steps, and not those of an epoch; with --steps the last epoch was cut short."""
+    found = [
+        checkpoint.position({"epoch": 4, **more}, "x", 3) for more in ({"step": 10}, {"step": 12}, {}, {"step": "a"})
+    ]
+    assert found == [10, 12, 12, 12]

@@ -147,7 +147,7 @@ def test_all_methods_run_alike_but_for_their_negatives(tmp_path, monkeypatch, da
                     call = [dataset if before == "--dataset" else word for before, word in zip(["", *call], call)]
                     monkeypatch.setattr(sys, "argv", list(map(str, call)))
                     args = importlib.import_module(name.removesuffix(".py")).parse()
-                    options.settle(args)
+                    vars(args).update(options.resolve_image_settings(args))
                     assert (args.img_size, args.stats, args.seed) == (32, "cifar10", 1)
                     parsed.setdefault((name, dataset, getattr(args, "train_percent", 0)), []).append(vars(args))
         for group in parsed.values():
@@ -262,12 +262,19 @@ def test_a_study_that_is_told_to_stop_takes_its_programs_along(data, tmp_path):
             "--scale cpu --out {0} --dataset imagefolder {0}",
             "{0}: holds runs with other settings (settings, counts, fine-tuning); ",
         ),
+        (
+            "--scale cpu --out {0}/deep --dataset imagefolder {0}",
+            "study.py: {0}/deep/study.json: not a whole JSON file",
+        ),
+        ("--scale cpu --out {0}/deep --report-only x", "study.py: {0}/deep/study.json: not a whole JSON file"),
     ],
 )
 def test_mistakes(flags, message, tmp_path, monkeypatch, capsys):
     there = not message.startswith("the figure")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there or None)
     (tmp_path / "study.json").write_text('{"dataset": "imagefolder", "fine-tuning": {}}')
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "study.json").write_text("[" * 100_000)
     monkeypatch.setattr(sys, "argv", ["study.py", *flags.format(tmp_path).split()])
     with pytest.raises(SystemExit) as end:
         study.main()

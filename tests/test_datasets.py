@@ -15,9 +15,9 @@ import torchvision
 from conftest import ROOT, make_images, processes
 from PIL import Image
 
-from synco import datasets, loader
+from synco import augment, datasets, loader
 from synco.distributed import Process
-from synco.options import UserError
+from synco.errors import UserError
 
 CATEGORIES = ("001.ak47", "002.american-flag", "257.clutter")
 
@@ -258,7 +258,7 @@ def test_held_out_images_are_balanced_and_not_trained_on(uneven, tmp_path, monke
 
 def test_a_part_keeps_names_labels_and_images_together(uneven):
     whole = datasets.image_folder(uneven, "train")
-    part = whole.part([11, 3, 16]).part([2, 0])
+    part = whole.subset([11, 3, 16]).subset([2, 0])
     for position, before in enumerate((16, 11)):
         assert part.names[position] == whole.names[before] and part.targets[position] == whole.targets[before]
         assert np.array_equal(part[position][0], whole[before][0])
@@ -270,7 +270,7 @@ def test_a_part_keeps_names_labels_and_images_together(uneven):
 
 def test_cached_images_are_the_same(uneven, capsys, monkeypatch):
     whole = datasets.image_folder(uneven, "train")
-    part = whole.part([11, 3, 16])
+    part = whole.subset([11, 3, 16])
     Image.new("RGB", (7, 90), (1, 2, 3)).save(os.path.join(uneven, "train", part.names[1]))
     before = [np.asarray(image) for image, _ in part]
     monkeypatch.setattr(datasets, "free_memory", lambda: 10**9)
@@ -281,12 +281,12 @@ def test_cached_images_are_the_same(uneven, capsys, monkeypatch):
     for name in part.names:
         os.remove(os.path.join(uneven, "train", name))  # they are not read again
     assert all(np.array_equal(image, other) for (image, _), other in zip(part, before))
-    assert np.array_equal(part.part([2])[0][0], before[2])
-    images = part.seen(loader.center_view(24))
+    assert np.array_equal(part.subset([2])[0][0], before[2])
+    images = part.with_transform(augment.center_view(24))
     for workers in (0, 1):
         batch, labels = next(iter(loader.eval_loader(images, 3, process=Process(), workers=workers)))
         assert (
-            torch.equal(batch[1], loader.center_view(24)(Image.fromarray(before[1])))
+            torch.equal(batch[1], augment.center_view(24)(Image.fromarray(before[1])))
             and labels.tolist() == part.targets
         )
 
@@ -324,7 +324,7 @@ def test_a_limit_on_any_control_group_above_counts(tmp_path):
 def _free(rank):
     """The verdict where the first process has been told of more memory than the second."""
     datasets.free_memory = lambda: 10**9 if rank == 0 else 0
-    read = datasets._Files(ROOT / "tests", ["0"], lambda path: Image.new("RGB", (2, 2), (1, 2, 3)))
+    read = datasets._Files(ROOT / "tests", ["0"], lambda path, when_scaled: Image.new("RGB", (2, 2), (1, 2, 3)))
     images = datasets.Images("x", ["c"], ["c/0"], [0], read)
     datasets._size = lambda path: (2, 2)
     datasets.cache([images], 2)

@@ -21,7 +21,7 @@ import torchvision
 from conftest import ROOT
 from PIL import Image
 
-from synco import checkpoint
+from synco import files
 
 DETECTION = ROOT / "detection"
 CONFIGS = DETECTION / "configs"
@@ -108,7 +108,7 @@ def test_round_trip(pretrained_of, convert, tool, tmp_path, arch):
         "matching_heuristics": True,
         "arch": arch,
         "epoch": 200,
-        "checkpoint_sha256": checkpoint.sha256(path),
+        "checkpoint_sha256": files.sha256(path),
     }
     assert {name: array.shape for name, array in found.items()} == LISTS[arch]
     assert all(type(array) is np.ndarray and array.dtype == np.float32 for array in found.values())
@@ -131,7 +131,7 @@ def test_the_table_and_the_names(pretrained_of, convert, tool, tmp_path):
     rows = {line[:19].strip(): line[19:].split()[0] for line in short.splitlines() if " tensors " in line}
     assert rows == {"kept": "265", "dropped: head": "4", "dropped: counters": "53", "dropped: others": "3"}
     size = sum(array.nbytes for array in read(tmp_path / "a.pkl")["model"].values())
-    assert f"{size / 1e6:.1f} MB" in short and checkpoint.sha256(path) in short
+    assert f"{size / 1e6:.1f} MB" in short and files.sha256(path) in short
     lines = long.splitlines()
     assert "layer2.0.downsample.1.running_var → res3.0.shortcut.norm.running_var (512,)" in lines
     assert {"encoder_q.fc.0.weight dropped", "queue dropped", "encoder_q.bn1.num_batches_tracked dropped"} < set(lines)

@@ -1,18 +1,18 @@
-"""Real gloo processes: shuffling, gathering, one queue for all, and what is said when something fails."""
+"""Real gloo processes: shuffling, gathering, one queue for all."""
 
+import datetime
 import functools
 import os
-import signal
-import subprocess
-import sys
-import textwrap
+import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import LAUNCHERS, ROOT, free_port, processes
+from conftest import processes
 
 from synco import distributed
 from synco.builder import SynCo, update_ema
@@ -63,6 +63,45 @@ def test_one_process_is_an_ordinary_case():
     assert torch.equal(distributed.shuffle(x, permutation), x[permutation])
     assert torch.equal(distributed.gather(x), x) and torch.equal(distributed.mean(x.clone()), x)
     assert distributed.rank() == 0 and distributed.world_size() == 1 and distributed.from_rank_0("a") == "a"
+    assert distributed.from_all("x") == ["x"]
+
+
+def _slow(rank):
+    """Rank 0 takes longer than a collective may, and then another one → what was waited for, and how long."""
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), dist.group.WORLD)
+    began = time.monotonic()
+    time.sleep(2.5 * (rank == 0))
+    words = [distributed.from_rank_0({"rank": rank}), distributed.from_rank_0([rank])]
+    time.sleep(2.5 * (rank == 1))
+    distributed.barrier()
+    return words, time.monotonic() - began
+
+
+def test_processes_wait_for_each_other_however_long_it_takes():
+    for words, seconds in processes(2, _slow):
+        assert words == [{"rank": 0}, [0]] and seconds > 4.9
+
+
+@pytest.mark.parametrize(
+    "masks, shares",
+    [
+        (["0123", "0123"], [2, 2]),  # as torchrun's
+        (["01", "23"], [2, 2]),  # bound by srun
+        (["012", "345", "2"], [Fraction(5, 2), 3, Fraction(1, 2)]),
+    ],
+)
+def test_cpus_are_shared_with_the_processes_of_the_node_that_may_run_on_them(monkeypatch, masks, shares):
+    masks = [set(mask) for mask in masks]
+    everyone = [(node, mask) for node in ("here", "elsewhere") for mask in masks]
+    monkeypatch.setattr(distributed, "_node", lambda: "here")
+    monkeypatch.setattr(distributed, "from_all", lambda own: everyone)
+    for mask, share in zip(masks, shares):
+        monkeypatch.setattr(distributed, "_cpus", lambda mask=mask: mask)
+        assert distributed.cpu_share() == share
+
+
+def test_a_process_by_itself_has_all_its_cpus():
+    assert distributed.cpu_share() == distributed.usable_cpus() == len(os.sched_getaffinity(0))
 
 
 def _train(rank, batch, steps, evaluating):
@@ -212,230 +251,3 @@ def test_an_image_goes_to_one_process_only(world_size):
     moved = processes(world_size, _traffic, 32, 100)
     gathered = (world_size - 1) * 32 * 100
     assert sum(moved) / world_size <= gathered * (1 / world_size + 0.01)
-
-
-# ---------------------------------------------------------------- launching: small programs of their own
-
-PROGRAM = """
-import os, sys, time
-import torch
-from synco import distributed, options
-from synco.options import UserError
-
-def parse():
-    parser = options.Parser("test")
-    options.add_distributed(parser)
-    parser.add_argument("--fail", default="")
-    parser.add_argument("--on", type=int, default=-1)
-    parser.add_argument("--sleep", action="store_true")
-    return parser.parse_args()
-
-def run(process, args):
-    total = distributed.total(torch.ones(1)).item()
-    if args.sleep:
-        os.write(1, b"asleep\\n")
-        time.sleep(60)
-    if args.fail and args.on in (-1, process.rank):
-        if args.fail == "kill":
-            os.kill(os.getpid(), 9)
-        kinds = {"user": UserError("what is wrong"), "bug": KeyError("a bug"), "nan": FloatingPointError("nan")}
-        raise kinds[args.fail]
-    if args.fail:
-        distributed.total(torch.ones(1))  # waits for the process that has failed
-        time.sleep(60)
-    os.write(1, f"rank {process.rank} of {process.world_size}, local {process.local_rank} of {process.local_size}, "
-          f"{process.device}, sum {total:g}\\n".encode())
-
-if __name__ == "__main__":
-    distributed.launch(run, parse)
-"""
-
-
-@pytest.fixture
-def launch(tmp_path):
-    path = tmp_path / "program.py"
-    path.write_text(textwrap.dedent(PROGRAM))
-
-    def run(*flags, torchrun=0, env=None, wait=True):
-        words = [sys.executable]
-        if torchrun:
-            words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)]
-        words += [str(path), *flags]
-        kept = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
-        kept |= {"PYTHONPATH": str(ROOT), **(env or {})}
-        started = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=kept, start_new_session=True
-        )
-        if not wait:
-            return started
-        out, err = started.communicate(timeout=120)
-        return started.returncode, sorted(out.splitlines()), err
-
-    return run
-
-
-SPAWN = ("--multiprocessing-distributed", "--world-size", "1", "--rank", "0")
-
-
-def test_one_process(launch):
-    status, out, err = launch()
-    assert (status, err) == (0, "")
-    assert out == ["rank 0 of 1, local 0 of 1, cpu, sum 1"]
-    assert launch("--world-size", "1", "--rank", "0")[1] == out
-
-
-def test_spawn(launch):
-    """With no GPU the reference's launcher starts nothing and exits with 0."""
-    status, out, _ = launch(*SPAWN, "--dist-url", f"tcp://localhost:{free_port()}", "--nproc-per-node", "2")
-    assert status == 0
-    assert out == [f"rank {r} of 2, local {r} of 2, cpu, sum 2" for r in range(2)]
-    assert launch(*SPAWN)[1] == ["rank 0 of 1, local 0 of 1, cpu, sum 1"]
-
-
-def test_torchrun(launch):
-    status, out, _ = launch(torchrun=2)
-    assert status == 0
-    assert out == [f"rank {r} of 2, local {r} of 2, cpu, sum 2" for r in range(2)]
-
-
-def test_two_nodes_that_spawn(launch):
-    common = ("--multiprocessing-distributed", "--nproc-per-node", "2", "--world-size", "2")
-    common += ("--dist-url", f"tcp://localhost:{free_port()}")
-    nodes = [launch(*common, "--rank", str(rank), wait=False) for rank in (1, 0)]
-    lines = sum([node.communicate(timeout=120)[0].splitlines() for node in nodes], [])
-    assert sorted(lines) == [f"rank {r} of 4, local {r % 2} of 2, cpu, sum 4" for r in range(4)]
-
-
-def test_processes_started_by_hand(launch):
-    common = ("--world-size", "2", "--dist-url", f"tcp://localhost:{free_port()}")
-    ranks = [launch(*common, "--rank", str(rank), wait=False) for rank in (1, 0)]
-    lines = sum([one.communicate(timeout=120)[0].splitlines() for one in ranks], [])
-    assert sorted(lines) == [f"rank {r} of 2, local 0 of 1, cpu, sum 2" for r in range(2)]
-
-
-@pytest.mark.parametrize("kind, on, status", [("user", "-1", 2), ("user", "0", 2), ("user", "1", 2), ("nan", "-1", 1)])
-def test_of_several_processes_one_reports(launch, kind, on, status):
-    found, out, err = launch(*SPAWN, "--nproc-per-node", "2", "--fail", kind, "--on", on)
-    message = {"user": "what is wrong", "nan": "nan"}[kind]
-    assert (found, out, err) == (status, [], f"program.py: error: {message}\n")
-
-
-def test_under_torchrun_one_reports(launch):
-    status, out, err = launch("--fail", "user", "--on", "1", torchrun=2)
-    assert status == 1 and err.count("program.py: error: what is wrong") == 1
-    assert "exitcode  : 2" in err
-    assert 'program.py", line' not in err  # no traceback of the program's own
-
-
-def test_a_bug_keeps_its_traceback(launch):
-    status, _, err = launch("--fail", "bug")
-    assert status == 1 and "Traceback" in err and "KeyError: 'a bug'" in err
-    status, _, err = launch(*SPAWN, "--nproc-per-node", "2", "--fail", "bug", "--on", "1")
-    assert status == 1 and "Traceback" in err and "KeyError: 'a bug'" in err
-
-
-HAND = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29744"}
-TORCHRUN = {**HAND, "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
-
-
-@pytest.mark.parametrize(
-    "flags, env, gpus, message",
-    [
-        ("--world-size 2 --rank 2 --dist-url tcp://localhost:1", {}, 0, "--world-size 2 --rank 2: "),
-        ("--world-size 2", {}, 0, "--world-size 2 --rank -1: "),
-        ("--rank 1", {}, 0, "--world-size -1 --rank 1: "),
-        ("--world-size 0", {}, 0, "--world-size 0 --rank -1: "),
-        ("--world-size 2 --rank 0", {}, 0, "--world-size 2 needs --dist-url tcp://HOST:PORT"),
-        ("--dist-url http://localhost:1", {}, 0, "--dist-url 'http://localhost:1': must be tcp://HOST:PORT or env://"),
-        ("--dist-url tcp://localhost", {}, 0, "--dist-url 'tcp://localhost': must be"),
-        ("--dist-url tcp://localhost:99999", {}, 0, "--dist-url 'tcp://localhost:99999': must be"),
-        ("--dist-url env://", {}, 0, "the environment lacks RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ("", {"WORLD_SIZE": "4", "RANK": "3"}, 0, "the environment lacks MASTER_ADDR, MASTER_PORT"),
-        ("--dist-backend nccl", {}, 0, "--dist-backend nccl needs GPUs"),
-        ("--dist-backend mpi", {}, 0, "argument --dist-backend: invalid choice: 'mpi'"),
-        ("--gpu 3", {}, 0, "--gpu 3: this machine has 0 GPUs"),
-        ("--gpu 3", {}, 1, "--gpu 3: this machine has 1 GPU, numbered from 0"),
-        ("--gpu 0 --multiprocessing-distributed", {}, 2, "--multiprocessing-distributed uses every GPU"),
-        ("--multiprocessing-distributed --nproc-per-node 3", {}, 2, "--nproc-per-node 3: this machine has 2 GPUs"),
-        ("--nproc-per-node 2", {}, 0, "--nproc-per-node 2 goes with --multiprocessing-distributed"),
-        ("--world-size 3", HAND, 0, "--world-size 3 contradicts the environment, which says 1"),
-        ("--rank 1", HAND, 0, "--rank 1 contradicts the environment"),
-        ("--rank 0", TORCHRUN, 0, "--rank 0 contradicts the environment, which gives each process its own"),
-        ("--gpu 0", TORCHRUN, 4, "--gpu 0: the launcher gives each process its GPU"),
-        ("", TORCHRUN, 2, "4 processes on this node, which has 2 GPUs"),
-        ("--multiprocessing-distributed", TORCHRUN, 0, "--multiprocessing-distributed: 4 processes have been started"),
-        ("", {**HAND, "RANK": "1"}, 0, "RANK=1 WORLD_SIZE=1 in the environment: the rank must lie in 0..0"),
-        ("", {**HAND, "WORLD_SIZE": "x"}, 0, "RANK=0 WORLD_SIZE=x MASTER_PORT=29744 in the environment: must be whole"),
-        ("", {**HAND, "MASTER_PORT": "x"}, 0, "MASTER_PORT=x in the environment: must be whole numbers"),
-        ("--wrld-size 1", {}, 0, "unrecognized arguments: --wrld-size"),
-        ("--world 1", {}, 0, "unrecognized arguments: --world 1"),
-    ],
-)
-def test_contradictions_are_refused(flags, env, gpus, message, monkeypatch, capsys):
-    from synco import options
-
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-
-    def parse():
-        parser = options.Parser("test")
-        options.add_distributed(parser)
-        return parser.parse_args(flags.split())
-
-    started = []
-    with pytest.raises(SystemExit) as stop:
-        distributed.launch(lambda process, args: started.append(process), parse)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and started == [] and message in err and err.count("\n") == 1
-    if "LOCAL_RANK" in env:  # the others of the node come to the same verdict, and leave it to the first to say it
-        monkeypatch.setenv("LOCAL_RANK", "3")
-        monkeypatch.setenv("RANK", "3")
-        with pytest.raises(SystemExit) as stop:
-            distributed.launch(lambda process, args: started.append(process), parse)
-        assert stop.value.code == 2 and started == [] and capsys.readouterr().err == ""
-
-
-def test_an_environment_that_counts_nodes(launch):
-    """MoCo's --dist-url env:// with --multiprocessing-distributed: WORLD_SIZE and RANK are those of nodes."""
-    env = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    flags = ("--multiprocessing-distributed", "--nproc-per-node", "2", "--dist-url", "env://")
-    assert launch(*flags, env=env)[1] == [f"rank {r} of 2, local {r} of 2, cpu, sum 2" for r in range(2)]
-
-
-def test_when_rank_0_fails_on_another_node_no_traceback_is_left(launch):
-    common = ("--world-size", "2", "--dist-url", f"tcp://localhost:{free_port()}", "--fail", "user", "--on", "0")
-    ranks = [launch(*common, "--rank", str(rank), wait=False) for rank in (0, 1)]
-    errors = [one.communicate(timeout=120)[1] for one in ranks]
-    assert errors[0] == "program.py: error: what is wrong\n"
-    assert "Traceback" not in errors[1]  # c10d itself may warn that the store has gone
-    assert [one.returncode for one in ranks] == [2, 2]
-
-
-@pytest.mark.parametrize("flags", [(), (*SPAWN, "--nproc-per-node", "2")])
-def test_an_interrupted_program_says_so_in_one_line(launch, flags):
-    started = launch(*flags, "--sleep", wait=False)
-    for _ in range(2 if flags else 1):
-        assert started.stdout.readline() == "asleep\n"
-    os.killpg(started.pid, signal.SIGINT)  # what Ctrl-C does: every process gets it
-    out, err = started.communicate(timeout=60)
-    assert (started.returncode, out, err) == (130, "", "program.py: error: interrupted\n")
-
-
-def test_a_worker_that_is_killed_is_said(launch):
-    status, _, err = launch(*SPAWN, "--nproc-per-node", "2", "--fail", "kill", "--on", "1")
-    assert status == 1 and err == "program.py: error: rank 1 was ended by SIGKILL\n"
-
-
-def test_a_taken_port_is_said(launch):
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        status, _, err = launch(*SPAWN, "--dist-url", f"tcp://localhost:{port}")
-    assert status == 2 and f"--dist-url tcp://localhost:{port}: cannot listen there" in err

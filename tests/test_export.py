@@ -2,14 +2,15 @@
 
 import importlib.util
 import os
+import shutil
 
 import pytest
 import torch
 import torchvision
 from conftest import ROOT
 
-from synco import checkpoint, export
-from synco.builder import features
+from synco import export, files
+from synco.networks import features
 
 ARCHS = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
 
@@ -41,7 +42,7 @@ def test_round_trip(pretrained_of, tool, tmp_path, arch):
     out = tmp_path / "backbone.pth"
     status, told, err = tool(export, path, out)
     assert (status, err) == (0, "") and os.listdir(tmp_path) == ["backbone.pth"]
-    assert arch in told and checkpoint.sha256(path) in told and "200" in told
+    assert arch in told and files.sha256(path) in told and "200" in told
     weights = torch.load(out, weights_only=True)
     assert same(weights, without_head(encoder))
     network = torchvision.models.get_model(arch)
@@ -71,7 +72,7 @@ def test_safetensors(pretrained_of, tool, tmp_path):
         facts = file.metadata()
     wanted = encoder.state_dict()
     assert same({name: weights[name] for name in wanted}, wanted) and len(weights) == len(wanted)
-    assert facts == {"arch": "resnet18", "epoch": "200", "checkpoint_sha256": checkpoint.sha256(path)}
+    assert facts == {"arch": "resnet18", "epoch": "200", "checkpoint_sha256": files.sha256(path)}
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -199,6 +200,28 @@ def test_bad_checkpoints_are_refused(tool, tmp_path, monkeypatch):
     assert tree(tmp_path) == before and not os.path.exists("executed")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, ".", "there/x", os.fsdecode(b"\xff")], ids=range(5))
+def test_names_that_no_checkpoint_has(tool, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("mine")
+    status, out, err = tool(export, name, "x.pth")
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.endswith(
+        f": {'is not a file' if name == '.' else 'no such checkpoint file'}\n"
+    )
+    assert os.listdir(tmp_path) == ["there"]
+
+
+def test_names_that_are_no_utf8(pretrained_of, tool, tmp_path):
+    path, encoder = pretrained_of("resnet18")
+    for ending in (".pth", ".safetensors") if importlib.util.find_spec("safetensors") else (".pth",):
+        made = tmp_path / os.fsdecode(b"\xe9" + ending.encode())
+        shutil.copy(path, tmp_path / os.fsdecode(b"\xff.tar"))
+        status, told, err = tool(export, tmp_path / os.fsdecode(b"\xff.tar"), made)
+        assert (status, err) == (0, "") and f"/?{ending}" in told and made.exists()
+    with open(tmp_path / os.fsdecode(b"\xe9.pth"), "rb") as file:
+        assert same(torch.load(file, weights_only=True), without_head(encoder))
+
+
 def test_bad_outputs_are_refused(pretrained_of, tool, tmp_path, monkeypatch):
     path, _ = pretrained_of("resnet18")
     monkeypatch.chdir(tmp_path)
@@ -212,6 +235,8 @@ def test_bad_outputs_are_refused(pretrained_of, tool, tmp_path, monkeypatch):
         (["x.pkl"], "x.pkl: the file to write must end in .pth or .safetensors"),
         (["x\0.pth"], "'x\\x00.pth': no file can have that name"),
         (["folder.pth", "--force"], "folder.pth: is a folder"),
+        (["x" * 300 + ".pth"], "x.pth: cannot be written (File name too long)"),
+        (["there.pth/x.pth"], "there.pth/x.pth: there is no folder there.pth"),
         (["link.pth", "--force"], "link.pth: is the checkpoint itself"),
         (["x.pth", "-a", "resnet50"], "is a checkpoint of 'resnet18', not of 'resnet50'"),
         (["x.pth", "-a", "resnet5"], "'resnet5' is not a torchvision classification network"),

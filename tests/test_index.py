@@ -9,7 +9,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from synco import index
-from synco.options import UserError
+from synco.errors import UserError
 
 LONG_AGO = 1_500_000_000
 
@@ -39,10 +39,9 @@ def tree(tmp_path, monkeypatch):
         touch(folder / name)
     for name in ("b/notes.txt", "b/sub/.hidden", "c/.jpg", "readme.jpg", "a/x.jpg.tmp"):
         touch(folder / name)
-    (tmp_path / "elsewhere").mkdir()
-    touch(tmp_path / "elsewhere" / "linked.jpg")
-    (folder / "a" / "link").symlink_to(tmp_path / "elsewhere")
-    (folder / "d").symlink_to(tmp_path / "elsewhere")
+    for place, link in (("elsewhere", folder / "a" / "link"), ("elsewhere too", folder / "d")):
+        touch(tmp_path / place / "linked.jpg")
+        link.symlink_to(tmp_path / place)
     with open(os.fsencode(folder) + b"/c/\xff.jpg", "wb"):
         pass
     settle(folder)
@@ -64,7 +63,7 @@ def same(found, expected):
 def test_it_is_torchvisions_list(tree):
     expected = ImageFolder(str(tree))
     for _ in range(2):  # listed, then from the cache
-        found = index.of(str(tree))
+        found = index.open_index(str(tree))
         assert [os.path.join(tree, name) for name in found] == [path for path, _ in expected.samples]
         assert [found[i] for i in range(len(found))] == list(found)
         assert found.targets().tolist() == expected.targets and found.classes == expected.classes == list("abcd")
@@ -74,9 +73,9 @@ def test_it_is_torchvisions_list(tree):
 
 
 def test_the_second_start_lists_nothing_and_maps_the_file(tree, monkeypatch):
-    first = index.of(str(tree))
+    first = index.open_index(str(tree))
     monkeypatch.setattr(index, "scan", fails)
-    second = index.of(str(tree))
+    second = index.open_index(str(tree))
     assert same(second, first)
     assert os.listdir(index.cache_folder()) and not [name for name in os.listdir(tree) if "index" in name]
     if os.path.exists("/proc/self/maps"):
@@ -84,7 +83,7 @@ def test_the_second_start_lists_nothing_and_maps_the_file(tree, monkeypatch):
             assert index._store(str(tree)) in maps.read()
     link = tree.parent / "other name"
     link.symlink_to(tree)
-    assert same(index.of(str(link)), first)
+    assert same(index.open_index(str(link)), first)
 
 
 def add(tree):
@@ -122,9 +121,9 @@ def replace_class(tree):
     "change", [add, add_deep, remove, rename, add_class, add_behind_a_link, replace_class], ids=lambda f: f.__name__
 )
 def test_a_changed_folder_is_listed_again(tree, change):
-    before = list(index.of(str(tree)))
+    before = list(index.open_index(str(tree)))
     change(tree)
-    found = index.of(str(tree))
+    found = index.open_index(str(tree))
     assert list(found) != before
     assert [os.path.join(tree, name) for name in found] == [path for path, _ in ImageFolder(str(tree)).samples]
 
@@ -132,15 +131,15 @@ def test_a_changed_folder_is_listed_again(tree, change):
 def test_a_folder_that_was_just_written_to_is_not_stored(tree):
     """A file that comes within the clock's tick would leave the folder's time as it is."""
     add(tree)
-    assert "b/3.jpg" in index.of(str(tree)) and not os.path.exists(index._store(str(tree)))
+    assert "b/3.jpg" in index.open_index(str(tree)) and not os.path.exists(index._store(str(tree)))
     settle(tree)
-    index.of(str(tree))
+    index.open_index(str(tree))
     assert os.path.exists(index._store(str(tree)))
 
 
 def test_small_folders_are_not_stored(tree, monkeypatch):
     monkeypatch.setattr(index, "WORTH_IT", 1000)
-    index.of(str(tree))
+    index.open_index(str(tree))
     assert not os.path.exists(index._store(str(tree)))
 
 
@@ -196,18 +195,18 @@ def garbage(path):
 )
 def test_a_damaged_file_in_the_cache_is_made_anew(tree, damage, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    expected, store = index.of(str(tree)), index._store(str(tree))
+    expected, store = index.open_index(str(tree)), index._store(str(tree))
     expected = index.Index(expected.classes, *(x.copy() for x in (expected.starts, expected.offsets, expected.files)))
     damage(store)
-    assert same(index.of(str(tree)), expected) and not os.path.exists("trapped")
+    assert same(index.open_index(str(tree)), expected) and not os.path.exists("trapped")
     monkeypatch.setattr(index, "scan", fails)
-    assert same(index.of(str(tree)), expected)
+    assert same(index.open_index(str(tree)), expected)
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(tree, monkeypatch, tmp_path):
     touch(tmp_path / "file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(index.of(str(tree))) == len(ImageFolder(str(tree)))
+    assert len(index.open_index(str(tree))) == len(ImageFolder(str(tree)))
 
 
 def test_of_several_that_start_at_once_one_lists_the_folder(tree, monkeypatch):
@@ -220,7 +219,7 @@ def test_of_several_that_start_at_once_one_lists_the_folder(tree, monkeypatch):
 
     monkeypatch.setattr(index, "scan", slow)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(list(index.of(str(tree))))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(list(index.open_index(str(tree))))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -230,15 +229,60 @@ def test_of_several_that_start_at_once_one_lists_the_folder(tree, monkeypatch):
 
 def test_folders_without_images_are_named(tmp_path):
     with pytest.raises(UserError, match=r"none: cannot be listed \(No such file or directory\)"):
-        index.of(str(tmp_path / "none"))
+        index.open_index(str(tmp_path / "none"))
     (tmp_path / "t").mkdir()
     touch(tmp_path / "t" / "1.jpg")
     with pytest.raises(UserError, match="t: Couldn't find any class folder; it should hold CLASS/IMAGE"):
-        index.of(str(tmp_path / "t"))
+        index.open_index(str(tmp_path / "t"))
     touch(tmp_path / "t" / "full" / "1.jpg")
     for name in "abcde":
         touch(tmp_path / "t" / name / "1.txt")
     with pytest.raises(
         UserError, match="t: Found no valid file for the classes a, b, c and 2 more; it should hold CLASS/IMAGE"
     ):
-        index.of(str(tmp_path / "t"))
+        index.open_index(str(tmp_path / "t"))
+
+
+def test_each_folder_counts_once_however_many_links_lead_to_it(tree):
+    expected = list(index.scan(str(tree))[0])
+    links = {"a/self": ".", "a/up": "..", "a/far": tree.parent.parent, "b/other": tree / "c", "b/sub/round": tree / "b"}
+    links |= {"c/elsewhere": tree / "a" / "link", "b/z": "sub"}
+    for name, target in links.items():
+        (tree / name).symlink_to(target)
+    assert list(index.scan(str(tree))[0]) == expected
+    for target in (".", "..", "a"):
+        (tree / "e").symlink_to(target)
+        with pytest.raises(UserError, match="train: the class e|train: the classes a and e are one folder"):
+            index.open_index(str(tree))
+        (tree / "e").unlink()
+
+
+def test_an_index_with_images_counted_twice_is_not_taken_from_the_cache(tree):
+    index.open_index(str(tree))
+    store = index._store(str(tree))
+    rewritten(lambda content: content.update(format=1))(store)
+    assert index._load(store, str(tree)) is None
+
+
+@pytest.mark.parametrize("name", ["e", "b/sub/deep/more"])
+def test_a_link_to_nothing_and_a_folder_that_cannot_be_listed_are_named(tree, name, monkeypatch):
+    (tree / name).symlink_to("gone")
+    with pytest.raises(UserError, match=rf"train/{name}: is a link that leads nowhere \(No such file or directory\)"):
+        index.open_index(str(tree))
+    (tree / name).unlink()
+    touch(tree / name / "1.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"train/{name}: cannot be listed \(Permission denied\)"):
+        index.open_index(str(tree))
+
+
+def test_a_missing_image_is_named_when_it_is_read(tree):
+    (tree / "a" / "gone.jpg").symlink_to("nowhere")
+    assert "a/gone.jpg" in index.open_index(str(tree))

@@ -1,6 +1,8 @@
 """The kNN monitor against a plain loop, in one process and in several."""
 
 import math
+import os
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torchvision
 from conftest import ARCH, make_images, processes
 from torch.utils.data import TensorDataset
 
-from synco import datasets, knn, loader
+from synco import augment, datasets, knn, loader
 from synco.distributed import Process
 
 
@@ -134,7 +136,7 @@ def test_the_command_line(programs, data, tmp_path):
     net = torchvision.models.get_model(ARCH)
     net.fc = nn.Identity()
     images = datasets.image_folder(data, "train")
-    images.transform = loader.center_view(32)
+    images.transform = augment.center_view(32)
     with torch.no_grad():  # statistics of these images, without which an untrained network's features are all alike
         for _ in range(30):
             net.train()(torch.stack([x for x, _ in images]))
@@ -145,7 +147,7 @@ def test_the_command_line(programs, data, tmp_path):
     sets = []
     for split in ("train", "val"):
         images = datasets.image_folder(data, split)
-        images.transform = loader.center_view(32)
+        images.transform = augment.center_view(32)
         with torch.no_grad():
             rows = [(F.normalize(net(x[None]).double(), dim=1)[0].numpy(), label) for x, label in images]
         sets.append(rows)
@@ -182,3 +184,18 @@ def test_bad_input_of_the_command_line(programs, pretrained, data, tmp_path):
     ):
         status, out, err = programs("synco.knn", *words)
         assert status == 2 and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, ".", os.fsdecode(b"\xff")], ids=range(4))
+def test_names_that_no_checkpoint_has(programs, data, name):
+    status, out, err = programs("synco.knn", name, data, "-j", 0)
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.endswith(
+        f": {'is not a file' if name == '.' else 'no such checkpoint file'}\n"
+    )
+
+
+def test_a_worker_that_is_stuck_ends_the_command(programs, pretrained, data, monkeypatch):
+    monkeypatch.setattr(datasets.Images, "image", lambda self, position: time.sleep(99))
+    flags = [pretrained, data, "--img-size", 32, "-j", 1, "--worker-timeout", 1]
+    status, _, err = programs("synco.knn", *flags)
+    assert status == 1 and err.count("\n") == 1 and "timed out after 1 seconds" in err, err

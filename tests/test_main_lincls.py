@@ -11,12 +11,13 @@ import shutil
 import pytest
 import torch
 import torchvision
-from conftest import ARCH, command, free_port, make_images
+from conftest import ARCH, command, cut_at, free_port, make_images
 
-from synco import checkpoint, metrics, trial
+from synco import checkpoint, classifier, metrics
 
 FLAGS = f"-a {ARCH} --img-size 32 -j 0 -b 8 --epochs 3 --lr 1 --schedule 2 --seed 3 -p 2".split()
 LAST, BEST = "checkpoint_lincls.pth.tar", "model_best_lincls.pth.tar"
+WITHIN = "checkpoint_lincls_step.pth.tar"
 
 
 def result(folder):
@@ -58,14 +59,8 @@ def test_validations_may_be_rare(probe, data, pretrained, tmp_path, programs):
 
 def test_a_trial_that_is_not_validated_at_its_end_says_so(data, pretrained, tmp_path, programs, monkeypatch):
     flags = [*FLAGS, "--val-freq", 0, "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path, data]
-    conclude = trial.Trial.conclude
-
-    def stopping(self, epoch, *args, **more):
-        conclude(self, epoch, *args, **more)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(trial.Trial, "conclude", stopping)
+        cut_at(patch, LAST, nth=2)
         assert programs("main_lincls", *flags)[0] == 130
     assert not os.path.exists(tmp_path / BEST) and not [x for x in lines_of(tmp_path) if x["kind"] == "val"]
     status, _, err = programs("main_lincls", *flags, "--epochs", 1, "--force-resume")
@@ -76,19 +71,20 @@ def test_a_trial_that_is_not_validated_at_its_end_says_so(data, pretrained, tmp_
 
 def test_an_epoch_whose_weights_could_not_be_kept_is_not_the_best(data, pretrained, tmp_path, programs, monkeypatch):
     """What result.json calls the best is what model_best_lincls.pth.tar holds."""
-    tops, validate, save = iter((10.0, 30.0, 20.0)), trial.validate, checkpoint.save
+    tops, validate, replace, saves = iter((10.0, 30.0, 20.0)), classifier.validate, os.replace, [0]
 
     def better_and_worse(*args):
         numbers, confusion = validate(*args)
         return numbers | {"top1": next(tops)}, confusion
 
-    def full_at_times(content, path):
-        if path.endswith(BEST) and content["epoch"] == 2:
+    def full_at_times(source, target):
+        saves[0] += os.path.basename(target) == BEST
+        if os.path.basename(target) == BEST and saves[0] == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(content, path)
+        replace(source, target)
 
-    monkeypatch.setattr(trial, "validate", better_and_worse)
-    monkeypatch.setattr(checkpoint, "save", full_at_times)
+    monkeypatch.setattr(classifier, "validate", better_and_worse)
+    monkeypatch.setattr(os, "replace", full_at_times)
     status, out, err = programs("main_lincls", *FLAGS, "--pretrained", pretrained, "--save-dir", tmp_path, data)
     assert status == 0 and f"{BEST}: cannot be written (No space left" in err, err
     assert "warning: epoch 1 is not kept as the best\n" in err
@@ -159,22 +155,26 @@ def test_a_probe(probe, data, pretrained):
     assert [row[1:][i] for i, row in enumerate(table[1:])] == [row["right"] for row in rows]
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_an_interrupted_probe_ends_bit_identical(probe, data, pretrained, tmp_path, programs, monkeypatch, stop):
-    train = trial.Trial.train
-
-    def interrupted(self, learner, optimizer, epoch):
-        train(self, learner, optimizer, epoch)
-        if epoch == stop:  # the epoch is trained and not yet validated and saved
-            raise KeyboardInterrupt
-
-    flags = [*FLAGS, "--eval-train", "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path / "r", data]
+@pytest.mark.parametrize(
+    "cut, nth, more, left",
+    [
+        (LAST, 2, [], f"{LAST}, 1 epochs done"),  # of the second epoch, which is validated
+        (LAST, 3, [], f"{LAST}, 2 epochs done"),
+        (BEST, 1, ["--save-steps", 3], f"{WITHIN}, 0 epochs and 3 steps of the next done"),
+    ],
+)
+def test_an_interrupted_probe_ends_bit_identical(
+    probe, data, pretrained, tmp_path, programs, monkeypatch, cut, nth, more, left
+):
+    """Ended when an epoch's validation is logged and that checkpoint is to be written."""
+    flags = [*FLAGS, *more, "--eval-train", "--pretrained", pretrained, "--resume", "auto"]
+    flags += ["--save-dir", tmp_path / "r", data]
     with monkeypatch.context() as patch:
-        patch.setattr(trial.Trial, "train", interrupted)
+        cut_at(patch, cut, nth)
         assert programs("main_lincls", *flags)[0] == 130
-    assert checkpoint.load(str(tmp_path / "r" / LAST))["epoch"] == stop
+    assert lines_of(tmp_path / "r")[-1]["kind"] == "eval_train"
     status, out, err = programs("main_lincls", *flags)
-    assert status == 0 and f"resumed            {tmp_path / 'r' / LAST}, {stop} epochs done\n" in out, err
+    assert status == 0 and f"resumed            {tmp_path / 'r' / left}\n" in out, err
     assert equal(tmp_path / "r" / LAST, probe[0] / LAST) and equal(tmp_path / "r" / BEST, probe[0] / BEST)
     assert lines_of(tmp_path / "r") == lines_of(probe[0])
     assert {k: v for k, v in result(tmp_path / "r").items() if k != "command"} == {
@@ -243,8 +243,7 @@ def test_the_references_own_classifier_goes_on(probe, data, pretrained, tmp_path
         )
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_validate_as_one(data, pretrained, tmp_path, programs, processes):
+def test_several_processes_validate_as_one(data, pretrained, tmp_path, programs, processes=3):
     url = f"tcp://localhost:{free_port()}"
     spawn = f"--dist-url {url} --multiprocessing-distributed --world-size 1 --rank 0 --nproc-per-node".split()
     flags = [*FLAGS, "-b", 12, "--eval-train", "--pretrained", pretrained]
@@ -313,6 +312,9 @@ def test_evaluate_keeps_other_results(probe, data, tmp_path, programs):
     status, _, err = programs("main_lincls", *flags, "--img-size", 48)
     assert status == 0 and err == (f"main_lincls.py: warning: --img-size 48: {folder / LAST} is of a run with 32\n")
     assert (folder / "result-2.json").read_bytes() == now["result.json"] and result(folder)["img_size"] == 48
+    (folder / "result.json").write_text("[" * 100_000)  # which no reader of JSON takes
+    assert programs("main_lincls", *flags)[0] == 0
+    assert (folder / "result-3.json").read_text() == "[" * 100_000 and result(folder)["img_size"] == 32
 
     (tmp_path / "unfinished").mkdir()
     shutil.copy(probe[0] / LAST, tmp_path / "unfinished" / "checkpoint_semisup.pth.tar")
@@ -469,6 +471,16 @@ def test_bad_checkpoints(probe, data, pretrained, tmp_path, programs):
     refused(run("-e", "--resume", tmp_path / "cut.pth.tar"), "cut.pth.tar: not a whole checkpoint file", folder)
 
     other = torch.load(probe[0] / LAST, weights_only=True)
+    for change, message in (
+        ({"best": 3}, "its best result is '3'"),
+        ({"best": {"top1": "high"}}, "its best result is "),
+        ({"last": [1.0]}, "its last result is '[1.0]'"),
+        ({"last": {"top1": 1.0, "top5": 2.0, "epoch": "three"}}, "its last result is "),
+        ({"best_acc1": [1.0]}, "its best_acc1 is [1.0], not a number"),
+        ({"best_acc1": torch.ones(2)}, "its best_acc1 is tensor([1., 1.]), not a number"),
+    ):
+        torch.save(other | change, tmp_path / "other.pth.tar")
+        refused(run("--resume", tmp_path / "other.pth.tar"), f"other.pth.tar: {message}", folder)
     other["config"] = {}  # as the reference's files, which say nothing of their settings
     other["state_dict"]["module.conv5.0.weight"] += 1
     torch.save(other, tmp_path / "other.pth.tar")

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCH, command, make_images
+from conftest import ARCH, command, cut_at, make_images
 from PIL import Image
 from test_main_lincls import equal, lines_of, refused, result
 
-from synco import checkpoint, datasets, subsets, trial
+from synco import augment, checkpoint, datasets, subsets
 
 FLAGS = f"-a {ARCH} --img-size 32 -j 0 -b 8 --epochs 3 --seed 3 -p 2 --lr-classifier 0.5".split()
 TUNE = [*FLAGS, "--weights", "finetune", "--lr-backbone", "0.02"]
@@ -72,7 +72,7 @@ def test_one_step_of_fine_tuning_is_plain_sgd(data, pretrained, tmp_path, progra
     own = {n.removeprefix("module.encoder_q."): w for n, w in state.items() if "encoder_q" in n and ".fc." not in n}
     net.load_state_dict(own, strict=False)
     net.train()
-    views = loader.Augmented(datasets.image_folder(data, "train"), loader.classifier_augmentation(32), 3)
+    views = loader.Augmented(datasets.image_folder(data, "train"), augment.classifier_augmentation(32), 3)
     batches = loader.train_loader(views, 24, process=Process(), workers=0, seed=3, keep_last=True)
     velocity = {}
     for epoch in range(2):
@@ -93,16 +93,9 @@ def test_one_step_of_fine_tuning_is_plain_sgd(data, pretrained, tmp_path, progra
 
 
 def test_an_interrupted_fine_tuning_ends_bit_identical(tuned, data, pretrained, tmp_path, programs, monkeypatch):
-    train = trial.Trial.train
-
-    def interrupted(self, learner, optimizer, epoch, **more):
-        train(self, learner, optimizer, epoch, **more)
-        if epoch == 2:
-            raise KeyboardInterrupt
-
     flags = [*TUNE, "--pretrained", pretrained, "--resume", "auto", "--save-dir", tmp_path / "r", data]
     with monkeypatch.context() as patch:
-        patch.setattr(trial.Trial, "train", interrupted)
+        cut_at(patch, LAST, nth=3)
         assert programs("main_semisup", *flags)[0] == 130
     status, out, err = programs("main_semisup", *flags)
     assert status == 0 and "2 epochs done" in out, err
@@ -137,6 +130,22 @@ def test_ten_percent_and_its_list(data, pretrained, tmp_path, programs):
     listed.write_text("\n".join(lines[:2]))
     flags = [*base, "--subset-file", listed, "--resume", "auto", "--save-dir", tmp_path / "b", data]
     refused(programs("main_semisup", *flags), "subset_sha256")
+
+
+def test_a_list_that_cannot_be_written_costs_no_run(tuned, data, pretrained, tmp_path, programs):
+    """--overwrite gives the old run up for a new one, and there is none yet."""
+    folder, listed = tmp_path / "r", tmp_path / "list.txt"
+    shutil.copytree(tuned[0], folder)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    listed.write_text("mine")
+    flags = [*TUNE, "--overwrite", "--pretrained", pretrained, "--save-dir", folder, data, "--write-subset"]
+    for path, why in (
+        (listed, "is there and holds something else"),
+        (tmp_path / "none" / "list.txt", "cannot be written"),
+    ):
+        refused(programs("main_semisup", *flags, path), f"--write-subset {path}: {why}")
+        assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+    assert listed.read_text() == "mine"
 
 
 def test_evaluating_on_the_training_images_takes_those_of_the_run(data, pretrained, tmp_path, programs):

@@ -11,15 +11,21 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, SMALL, command, free_port, make_images
+from conftest import ARCH, SMALL, command, cut_at, free_port, make_images
 
 import main_synco
 from synco import checkpoint, metrics
-from synco.options import UserError
+from synco.errors import UserError
 
 
 def final(folder, epoch=1):
     return checkpoint.load(os.path.join(folder, f"checkpoint_{epoch:04d}.pth.tar"))
+
+
+def numbered(folder):
+    """[(number, path)] of the checkpoints of epochs, oldest first."""
+    names = sorted(name for name in os.listdir(folder) if re.fullmatch(r"checkpoint_\d{4}\.pth\.tar", name))
+    return [(int(name[11:15]), os.path.join(folder, name)) for name in names]
 
 
 def equal(a, b):
@@ -67,7 +73,7 @@ def test_a_run(undisturbed, data):
     content = final(folder)
     assert content["epoch"] == 2 and content["arch"] == "shufflenet_v2_x0_5" and content["step"] == 6
     assert all(name.startswith("module.") for name in content["state_dict"])
-    assert sorted(os.path.basename(path) for _, path in checkpoint.numbered(str(folder))) == [
+    assert sorted(os.path.basename(path) for _, path in numbered(str(folder))) == [
         "checkpoint_0000.pth.tar",
         "checkpoint_0001.pth.tar",
     ]
@@ -187,16 +193,16 @@ def test_another_runs_folder_is_left_alone(undisturbed, data, tmp_path, program)
 
     status, _, err = program(*SMALL, "--epochs", 1, "--overwrite", "--save-dir", folder, data)
     assert status == 0, err
-    assert [number for number, _ in checkpoint.numbered(str(folder))] == [0]
+    assert [number for number, _ in numbered(str(folder))] == [0]
     assert {line["step"] for line in metrics.read_log(folder / "log.jsonl")} == {1, 3}
 
 
 def test_save_freq_and_keep(data, tmp_path, program):
     flags = [*SMALL, "--epochs", 5]
     assert program(*flags, "--save-freq", 2, "--save-dir", tmp_path / "a", data)[0] == 0
-    assert [number for number, _ in checkpoint.numbered(str(tmp_path / "a"))] == [1, 3, 4]
+    assert [number for number, _ in numbered(str(tmp_path / "a"))] == [1, 3, 4]
     status, _, _ = program(*flags, "--keep", 2, "--log-dir", tmp_path / "logs", "--save-dir", tmp_path / "b", data)
-    assert status == 0 and [number for number, _ in checkpoint.numbered(str(tmp_path / "b"))] == [3, 4]
+    assert status == 0 and [number for number, _ in numbered(str(tmp_path / "b"))] == [3, 4]
     assert sorted(os.listdir(tmp_path / "b"))[-1] == "config.json" and os.path.exists(tmp_path / "logs" / "log.jsonl")
 
 
@@ -250,29 +256,19 @@ def test_a_network_with_dropout_resumes_exactly(data, tmp_path, program):
     assert equal(final(tmp_path / "a"), final(tmp_path / "b"))
 
 
-@pytest.fixture
-def seen_columns(monkeypatch):
-    """[(position in epochs, columns of the logits)] of each step that prints."""
-    seen, report = [], main_synco.Pretraining.report
-
-    def watch(run, numbers, logits, epoch, i, left):
-        seen.append((epoch + i / run.steps, logits.shape[1]))
-        report(run, numbers, logits, epoch, i, left)
-
-    monkeypatch.setattr(main_synco.Pretraining, "report", watch)
-    return seen
-
-
-def test_each_type_starts_at_its_own_epoch_or_step(data, tmp_path, program, seen_columns):
+def test_each_type_starts_at_its_own_epoch_or_step(data, tmp_path, program):
+    """The log has a line for each step, and in it the types that the step made negatives of."""
     flags = [*SMALL, "-p", 1, "--epochs", 3, "--warmup-epochs", "0,0.5,1,4s,2,2.4", "--save-dir", tmp_path / "r", data]
     status, out, err = program(*flags)
     assert status == 0, err
+    starts = {"interpolated": 0, "extrapolated": 0.5, "mixed": 1, "noisy": 4 / 3, "perturbed": 2, "adversarial": 2.4}
     told = "0 (interpolated), 0.5 (extrapolated), 1 (mixed), 4s (noisy), 2 (perturbed), 2.4 (adversarial)"
     assert f"from epoch {told} on" in out
-    starts, counts = (0, 0.5, 1, 4 / 3, 2, 2.4), (4, 3, 2, 2, 2, 1)
-    assert len(seen_columns) == 9  # three epochs of three steps
-    for at, columns in seen_columns:
-        assert columns == 1 + 64 + sum(count for count, start in zip(counts, starts) if at >= start)
+    lines = metrics.read_log(tmp_path / "r" / "log.jsonl")
+    assert len(lines) == 9  # three epochs of three steps
+    for done, line in enumerate(lines):
+        types = {name.removeprefix("mass/") for name in line if name.startswith("mass/")}
+        assert types & starts.keys() == {name for name, start in starts.items() if done / 3 >= start}
 
 
 def parsed(*flags):
@@ -337,7 +333,7 @@ def test_extras_resume_exactly(data, tmp_path, program, flags):
         found = {line["epoch"]: line for line in log if line["kind"] == "knn"}
         keys = {"top1", "top1_projection", "train_top1", "train_top1_projection"}
         assert all(keys <= line.keys() for line in found.values()) and list(found) == [0, 1, 2]
-        best = checkpoint.load(tmp_path / "a" / main_synco.BEST)
+        best = checkpoint.load(tmp_path / "a" / main_synco.FILES.best)
         assert found[best["epoch"]]["top1"] == max(found[1]["top1"], found[2]["top1"])
         del a["queue_index"]
         torch.save(a, tmp_path / "x.pth.tar")
@@ -375,7 +371,7 @@ def test_the_best_epoch_is_the_same_after_a_stop(data, tmp_path, program, monkey
     )
     flags, best = (
         [*SMALL, "--knn-freq", 1, "--save-best", "--save-dir", tmp_path / "r", data],
-        tmp_path / "r" / main_synco.BEST,
+        tmp_path / "r" / main_synco.FILES.best,
     )
     status, _, err = program(*flags)
     assert status == 0 and checkpoint.load(best)["epoch"] == 2, err
@@ -388,17 +384,10 @@ def test_the_best_epoch_is_the_same_after_a_stop(data, tmp_path, program, monkey
 def test_a_best_epoch_that_was_not_saved_is_evaluated_again(data, tmp_path, program, monkeypatch):
     flags = [*SMALL, "--knn-freq", 2, "--save-best", "--save-dir", tmp_path / "r", data]
     with monkeypatch.context() as patch:
-        whole = checkpoint.whole
-
-        def stopped(path):
-            if str(path).endswith(main_synco.BEST):
-                raise UserError("stopped")
-            return whole(path)
-
-        patch.setattr(checkpoint, "whole", stopped)
-        refused(program(*flags), "stopped")
+        cut_at(patch, main_synco.FILES.best)
+        assert program(*flags)[0] == 130
     assert program(*flags, "--resume", "auto")[0] == 0
-    assert checkpoint.load(tmp_path / "r" / main_synco.BEST)["epoch"] == 2
+    assert checkpoint.load(tmp_path / "r" / main_synco.FILES.best)["epoch"] == 2
     log = metrics.read_log(tmp_path / "r" / "log.jsonl")
     assert [line["epoch"] for line in log if line["kind"] == "knn"] == [0, 2]
 
@@ -415,7 +404,7 @@ def test_processes_agree_on_the_best_epoch_of_a_resumed_run(data, tmp_path):
     for line in lines:
         line |= {"top1": 101.0} if (line["kind"], line["epoch"]) == ("knn", 1) else {}
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    best = tmp_path / "r" / main_synco.BEST
+    best = tmp_path / "r" / main_synco.FILES.best
     before = best.read_bytes()
     again = command(*words, timeout=120)
     assert again.returncode == 0 and "kNN after 2 epochs" in again.stdout, again.stderr
@@ -466,7 +455,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, program):
         r"error: the loss or its gradient is not finite from step 1 of epoch 0 on \(lr 1e\+30; noticed at step 1\)"
     )
     assert re.search(rf"{pattern}; its images: {tmp_path}/r/nonfinite.json; last good checkpoint: none$", err)
-    assert checkpoint.numbered(str(tmp_path / "r")) == []
+    assert numbered(str(tmp_path / "r")) == []
 
 
 BAD = {
@@ -590,8 +579,37 @@ def test_bad_checkpoints(undisturbed, data, tmp_path, program):
     refused(program(*flags, "--resume", foreign, "--moco-k", 32), message, tmp_path / "r")
     message = f"--seed 4: {good} was run with seed 3"
     refused(program(*flags, "--resume", good, "--seed", 4), message, tmp_path / "r")
-    torch.save({**checkpoint.load(str(good)), "epoch": 9, "step": 27}, good)
+    ours = checkpoint.load(str(good))
+    for change, message in (
+        # one number that pretends to be a tensor of 4 TB
+        ({"module.queue": torch.ones(1).expand(10**6, 10**6)}, "of another shape: queue"),
+        ({"module.queue": torch.full((64, 16), float("inf"))}, "queue holds values that are not finite"),
+        ({"module.queue": torch.ones(64, 16, dtype=torch.complex64)}, "queue is a tensor of torch.complex64"),
+    ):
+        torch.save({**ours, "state_dict": ours["state_dict"] | change}, foreign)
+        refused(program(*flags, "--resume", foreign), message, tmp_path / "r")
+    weights = {name: w for name, w in ours["state_dict"].items() if "encoder_q." in name}  # as MoCo's published files
+    torch.save({"epoch": 200, "arch": ARCH, "state_dict": weights}, foreign)
+    message = "foreign.pth.tar: not a pretraining checkpoint that can be resumed: it has no optimizer"
+    refused(program(*flags, "--resume", foreign), message, tmp_path / "r")
+    torch.save({**ours, "epoch": 9, "step": 27}, good)
     refused(program(*flags, "--resume", good), "holds 9 epochs and --epochs is 2", tmp_path / "r")
+
+
+def test_contradicting_settings_are_listed(undisturbed, data, tmp_path, program):
+    flags = [*SMALL, "--resume", undisturbed[0] / "checkpoint_0000.pth.tar", "--save-dir", tmp_path / "r"]
+    for more, message in (
+        ("--moco-k 128 --moco-dim 8 --n2 9", "moco_dim 16 → 8; moco_k 64 → 128; n2 3 → 9\n"),
+        ("--lr 1 --n2 9 --force-resume", "lr 0.03 → 1.0; n2 3 → 9 (--force-resume lets lr change)\n"),
+        ("--moco-t 0.1 --force-resume", "moco_t 0.07 → 0.1\n"),
+    ):
+        message = f"is of a run with other settings: {message}"
+        refused(program(*flags, *more.split(), data), message, tmp_path / "r")
+    # none of these is the run's own
+    free = "-j 1 -p 1 --save-freq 2 --keep 1 --knn-freq 2 --knn-k 3 --save-steps 1 --worker-timeout 60 --peer-timeout 9"
+    status, out, err = program(*flags, *free.split(), data)
+    assert status == 0 and "changed" not in out, err
+    assert equal(final(undisturbed[0]), final(tmp_path / "r"))
 
 
 def test_a_save_folder_that_cannot_be_written(data, tmp_path, program):
@@ -611,7 +629,7 @@ def test_going_back_in_a_folder_is_refused(undisturbed, data, tmp_path, program)
     shutil.copytree(undisturbed[0], folder)
     flags = [*SMALL, "--keep", 1, "--resume", folder / "checkpoint_0000.pth.tar"]
     refused(program(*flags, "--save-dir", folder, data), "checkpoint_0001.pth.tar, which would be left")
-    assert len(checkpoint.numbered(str(folder))) == 2
+    assert len(numbered(str(folder))) == 2
 
 
 def test_another_runs_log_is_left_alone(data, tmp_path, program):

@@ -54,11 +54,11 @@ def test_hardness():
         "interpolated": (table[:, 21:24], mass[:, 21:24]),
         "mixed": (table[:, 24:28], mass[:, 24:28]),
     }
-    assert found.keys() == expected.keys()
+    assert list(found) == [f"{what}/{name}" for name in expected for what in ("similarity", "mass")]
     for name, (similarity, share) in expected.items():
-        np.testing.assert_allclose(found[name][0].item(), similarity.mean() * T, atol=1e-5)
-        np.testing.assert_allclose(found[name][1].item(), share.sum(axis=1).mean(), atol=1e-6)
-    total = sum(found[name][1].item() for name in ("positive", "queue", "interpolated", "mixed"))
+        np.testing.assert_allclose(found[f"similarity/{name}"].item(), similarity.mean() * T, atol=1e-5)
+        np.testing.assert_allclose(found[f"mass/{name}"].item(), share.sum(axis=1).mean(), atol=1e-6)
+    total = sum(found[f"mass/{name}"].item() for name in ("positive", "queue", "interpolated", "mixed"))
     np.testing.assert_allclose(total, 1, atol=1e-5)
 
 
@@ -69,8 +69,8 @@ def test_masked_rows_have_no_say_in_the_hardness():
     rows = logits[:, 1:21].double().numpy()
     hardest = -np.sort(-rows, axis=1)[:, :5]
     for name, values in (("queue", rows), ("hardest", hardest)):
-        assert found[name][0].item() == pytest.approx(values[np.isfinite(values)].mean() * 0.2, abs=1e-5)
-    assert all(np.isfinite(value.item()) for pair in found.values() for value in pair)
+        assert found[f"similarity/{name}"].item() == pytest.approx(values[np.isfinite(values)].mean() * 0.2, abs=1e-5)
+    assert all(np.isfinite(value.item()) for value in found.values())
 
 
 def test_log_writes_the_same_numbers_twice(tmp_path):
@@ -90,14 +90,14 @@ def test_log_writes_the_same_numbers_twice(tmp_path):
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"kind": "tr')
     log = metrics.Log(tmp_path, steps_done=2)
-    assert not log.holds("knn", 1)
+    assert [line["step"] for line in log.kept] == [1, 2]
     log.write("train", 3, epoch=0, loss=9.0)
     log.close()
     lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 9.0)]
     board = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (3, 9.0)]
-    assert metrics.Log(tmp_path, steps_done=3).holds("train", 0)
+    assert len(metrics.Log(tmp_path, steps_done=3).kept) == 3
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -105,10 +105,96 @@ def test_other_ranks_write_nothing(tmp_path):
     log.write("train", 1, epoch=0, loss=1.0)
     log.images("pairs", None, 0)
     log.close()
-    assert not (tmp_path / "none").exists() and not log.holds("train", 0)
+    assert not (tmp_path / "none").exists() and log.kept == []
+
+
+def test_a_board_that_cannot_be_written_is_given_up(tmp_path, capsys):
+    log = metrics.Log(str(tmp_path))
+
+    def full(*args):
+        raise OSError("no space")
+
+    log.board.add_scalar = full
+    log.write("train", 1, loss=1.0)
+    log.write("train", 2, loss=2.0)
+    log.close()
+    _, text = capsys.readouterr().err.split(": warning: ")  # one, as all others are printed
+    assert text == "TensorBoard's file cannot be written (no space); given up\n"
+    assert [line["loss"] for line in metrics.read_log(tmp_path / "log.jsonl")] == [1.0, 2.0]
 
 
 def test_duration():
     assert metrics.duration(59.6) == "0:01:00"
     assert metrics.duration(3 * 3600 + 125) == "3:02:05"
     assert metrics.duration(2 * 86400 + 3661) == "2 d 01:01:01"
+
+
+def test_averages_go_on_where_they_were():
+    values = torch.rand(2, 5, 3)  # processes, steps, names
+    undisturbed = values.mean(dim=(0, 1))
+    first = []
+    for rank in range(2):
+        averages = metrics.Averages()
+        for step in range(3):
+            averages.add(**dict(zip("abc", values[rank, step])))
+        first.append(averages)
+    states = [torch.stack(list(averages.sums.values())) for averages in first]
+    state = first[0].state(lambda mine: states)
+    for count in (1, 2):  # processes that go on
+        found = []
+        for rank in range(count):
+            averages = metrics.Averages()
+            averages.restore(state, rank, count, "cpu")
+            for step in (3, 4):
+                averages.add(**dict(zip("abc", values[rank, step] if count == 2 else values[:, step].mean(dim=0))))
+            found.append([averages.sums[name] / averages.steps for name in "abc"])
+        torch.testing.assert_close(torch.tensor(found).mean(dim=0), undisturbed)
+
+
+@pytest.mark.parametrize(
+    "sums, steps",
+    [(torch.ones(1, 1).expand(10**13, 1), 1), (torch.ones(1, 1, 4), 1), (torch.ones(1, 1), -1), (torch.ones(1), 1)],
+)
+def test_averages_of_no_run_are_refused(sums, steps):
+    with pytest.raises(ValueError, match="not the averages of a run"):
+        metrics.Averages().restore({"names": ["loss"], "sums": sums, "steps": steps}, 0, 1, "cpu")
+
+
+def test_a_log_that_cannot_be_written_waits(tmp_path, capsys):
+    log = metrics.Log(str(tmp_path))
+    log.write("train", 1, loss=1.0)
+    file, wrote = log.lines, []
+
+    class Full:
+        def write(self, data):
+            wrote.append(file.write(data[:10]))  # a part fits
+            return wrote[-1]
+
+        def fileno(self):
+            return file.fileno()
+
+    log.lines = Full()
+    log.write("train", 2, loss=2.0)
+    assert wrote == [10] and "log.jsonl: cannot be written (No space left on device)" in capsys.readouterr().err
+    log.lines = file
+    log.sync()  # there is room again when a checkpoint is written: what it takes for written is
+    assert [line["step"] for line in metrics.read_log(tmp_path / "log.jsonl")] == [1, 2]
+    log.write("train", 3, loss=3.0)
+    log.close()
+    assert [line["step"] for line in metrics.read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+
+
+def test_a_log_may_hold_anything(tmp_path):
+    good = '{"kind": "train", "step": 1, "loss": 2}\n'
+    lines = [
+        "[1]\n",
+        "3\n",
+        "{}\n",
+        '{"kind": 3, "step": 1}\n',
+        '{"kind": "x", "step": "1"}\n',
+        "[" * 100_000 + "\n",
+        "\0\n",
+    ]
+    (tmp_path / "log.jsonl").write_text(good + "".join(lines) + good[:-1])
+    metrics.Log(str(tmp_path), steps_done=1).close()
+    assert (tmp_path / "log.jsonl").read_text() == good

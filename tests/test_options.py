@@ -4,10 +4,14 @@ import argparse
 import sys
 
 import pytest
+import torch
 
+import main_lincls
+import main_semisup
 import main_synco
 from synco import options
-from synco.options import UserError, architecture, number
+from synco.errors import UserError
+from synco.options import architecture, number
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def test_published_defaults(monkeypatch):
         dist_backend=None, seed=None, gpu=None, multiprocessing_distributed=False, save_dir="./", moco_dim=128,
         moco_k=65536, moco_m=0.999, moco_t=0.07, mlp=False, aug_plus=False, cos=False, n_hard=1024, n1=256, n2=256,
         n3=256, n4=64, n5=64, n6=64, sigma=0.01, delta=0.01, eta=0.01, warmup_epochs=10, alpha=0.5, beta=1.5, gamma=1.0,
-        cooldown_epochs=0, img_size=224, save_freq=1, keep=0, log_dir="./", bn_splits=1, sync_bn=False,
+        cooldown_epochs=0, img_size=224, save_freq=1, keep=0, log_dir=None, bn_splits=1, sync_bn=False,
     )  # fmt: skip
     assert {name: args[name] for name in published} == published
 
@@ -67,6 +71,120 @@ def test_published_command_line(monkeypatch):
     assert args.multiprocessing_distributed and args.mlp and args.cos and args.aug_plus and args.moco_t == 0.2
     args = parse(monkeypatch, "--learning-rate 1 --weight-decay 2 --schedule 3 4 --workers 5 -b 6 -p 7 -j 8 D")
     assert (args.lr, args.weight_decay, args.schedule, args.batch_size, args.workers) == (1, 2, [3, 4], 6, 8)
+
+
+SHARED = {
+    "identity": "dataset limit_images hold_out split_seed arch stem img_size stats amp channels_last tf32 momentum "
+    "weight_decay",
+    "schedule": "epochs lr",
+    "free": "data download cache_images workers worker_timeout start_epoch batch_size print_freq resume save_dir "
+    "force_resume save_steps save_minutes overwrite log_dir seed skip_bad_images multiprocessing_distributed "
+    "nproc_per_node world_size rank dist_url dist_backend gpu dist_timeout peer_timeout",
+}
+CLASSIFIER = {"free": "pretrained evaluate val_freq eval_train save_confusion"}
+OWN = {
+    main_synco: {
+        "identity": "optimizer clip_grad aug_plus aug_heavy blur crop_scale augment_on compile sync_bn bn_splits "
+        "moco_dim moco_k moco_m moco_t mlp symmetric mask_same_image n_hard n1 n2 n3 n4 n5 n6 alpha beta gamma sigma "
+        "delta eta warmup_epochs cooldown_epochs",
+        "schedule": "steps schedule cos lr_min lr_warmup_epochs lr_warmup",
+        "free": "save_freq keep knn_freq knn_k knn_train save_best",
+    },
+    main_lincls: {"schedule": "schedule cos lr_min"},
+    main_semisup: {
+        "identity": "train_percent weights",
+        "schedule": "lr_backbone lr_classifier",
+        "free": "subset_file write_subset",
+    },
+}
+
+
+@pytest.mark.parametrize("program", OWN, ids=lambda program: program.__name__)
+def test_the_kind_of_every_flag(program):
+    """What becomes of each when a run goes on: a new flag is to be thought of here, too.
+
+    identity: what a run is; schedule: how fast and how long it learns, with --force-resume; free: all else.
+    """
+    expected = {}
+    for table in (SHARED, {} if program is main_synco else CLASSIFIER, OWN[program]):
+        expected |= {name: kind for kind, names in table.items() for name in names.split()}
+    if program is main_semisup:
+        del expected["lr"]  # it has two
+    parser = program.flags()
+    assert parser.kinds == expected
+    assert {action.dest for action in parser._actions} - {"help"} == set(expected)
+
+
+SETTINGS = {"lr": 0.1, "dim": 8, "workers": 2, "train_images": 24, "train_images_crc32": 5, "classes": ["a"]}
+KINDS = {"lr": "schedule", "dim": "identity", "workers": "free"}
+
+
+@pytest.mark.parametrize(
+    "changes, force, listed",
+    [
+        ({}, False, []),
+        ({"workers": 3, "seed": 4, "processes": 2}, False, []),
+        ({"lr": 0.2}, True, ["lr 0.1 → 0.2"]),
+        ({"new": 3}, False, []),  # a setting that the checkpoint does not know
+    ],
+)
+def test_what_may_change(changes, force, listed):
+    now = SETTINGS | changes
+    before = SETTINGS | {"seed": 3, "processes": 1}
+    assert options.compare(before, now, KINDS, "x.tar", force=force) == listed
+    assert options.compare({}, now, KINDS, "x.tar") == []
+
+
+@pytest.mark.parametrize(
+    "changes, force, message",
+    [
+        ({"lr": 0.2}, False, "lr 0.1 → 0.2 (--force-resume lets lr change)"),
+        ({"lr": 0.2, "dim": 4}, True, "lr 0.1 → 0.2; dim 8 → 4 (--force-resume lets lr change)"),
+        ({"dim": None}, True, "dim 8 → None"),
+        ({"classes": ["b"]}, True, "classes ['a'] → ['b']"),  # no flag, and compared all the same
+        ({"train_images_crc32": 6}, False, "other training images (by their names)"),
+        ({"train_images_crc32": 6, "train_images": 25}, False, "train_images 24 → 25"),
+    ],
+)
+def test_what_may_not_change_is_listed(changes, force, message):
+    with pytest.raises(UserError) as error:
+        options.compare(SETTINGS, SETTINGS | changes, KINDS, "x.tar", force=force)
+    assert str(error.value) == f"x.tar: is of a run with other settings: {message}"
+
+
+def test_a_file_may_hold_anything():
+    for strange in (torch.ones(2), "0.1", [0.1], None):
+        with pytest.raises(UserError, match="x.tar: is of a run with other settings: lr "):
+            options.compare(SETTINGS | {"lr": strange}, SETTINGS, KINDS, "x.tar")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--moco-k 99999999999999999999", "argument --moco-k: '99999999999999999999' is beyond reason: more than 10"),
+        ("--n1 1000000001", "argument --n1: '1000000001' is beyond reason"),
+        ("--steps 99999999999", "argument --steps: '99999999999' is beyond reason"),
+        ("--worker-timeout 9999999", "argument --worker-timeout: '9999999' is not a whole number >= 0 and <= 1000000"),
+        ("--save-minutes 1e9", "argument --save-minutes: '1e9' is not a number >= 0 and <= 1000000"),
+        ("--dist-timeout 1e9", "argument --dist-timeout: '1e9' is not a number > 0 and <= 1000000"),
+        ("--peer-timeout 1e9", "argument --peer-timeout: '1e9' is not a number >= 4 and <= 1000000"),
+        ("--warmup-epochs 99999999999999999999s", "'99999999999999999999s' is not a number of epochs"),
+        ("--save-dir=", "--save-dir '': must name a folder"),
+        ("--log-dir=", "--log-dir '': must name a folder"),
+    ],
+)
+def test_what_no_run_can_mean_is_refused(monkeypatch, flags, message):
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, f"{flags} DATA")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_classifiers_folders_have_names(monkeypatch):
+    for name in ("--save-dir", "--log-dir"):
+        for program in (main_lincls, main_semisup):
+            monkeypatch.setattr(sys, "argv", ["x", "--pretrained", "random", f"{name}=", "DATA"])
+            with pytest.raises(UserError, match=f"^{name} '': must name a folder$"):
+                program.parse()
 
 
 def test_help_of_sigma_and_delta_is_their_own(monkeypatch, capsys):
@@ -122,20 +240,22 @@ def test_a_pair_of_numbers():
 
 
 def test_what_is_unset_is_the_checkpoints_or_the_data_sets():
-    def settled(dataset, config=None, **given):
+    def resolved(dataset, config=None, **given):
         args = argparse.Namespace(dataset=dataset, **{"stem": None, "img_size": None, "stats": None} | given)
-        options.settle(args, "x.tar", config)
-        return args.stem, args.img_size, args.stats
+        before = dict(vars(args))
+        found = options.resolve_image_settings(args, "x.tar", config)
+        assert vars(args) == before
+        return found["stem"], found["img_size"], found["stats"]
 
-    assert settled("imagefolder") == ("imagenet", 224, "imagenet") == settled("caltech256")
-    assert settled("cifar10") == ("imagenet", 32, "cifar10") and settled("stl10") == ("imagenet", 96, "stl10")
+    assert resolved("imagefolder") == ("imagenet", 224, "imagenet") == resolved("caltech256")
+    assert resolved("cifar10") == ("imagenet", 32, "cifar10") and resolved("stl10") == ("imagenet", 96, "stl10")
     config = {"stem": "cifar", "img_size": 40, "stats": "cifar100", "lr": 3}
-    assert settled("cifar10", config) == ("cifar", 40, "cifar100")
-    assert settled("cifar10", config, img_size=64, stats="imagenet") == ("cifar", 64, "imagenet")
-    assert settled("cifar10", {"img_size": 48}) == ("imagenet", 48, "cifar10")  # an older checkpoint's
+    assert resolved("cifar10", config) == ("cifar", 40, "cifar100")
+    assert resolved("cifar10", config, img_size=64, stats="imagenet") == ("cifar", 64, "imagenet")
+    assert resolved("cifar10", {"img_size": 48}) == ("imagenet", 48, "cifar10")  # an older checkpoint's
     for name, value in (("stem", "x"), ("img_size", "32"), ("img_size", 10**9), ("stats", ["cifar10"])):
         with pytest.raises(UserError, match=f"x.tar: its {name} is "):
-            settled("cifar10", {name: value})
+            resolved("cifar10", {name: value})
 
 
 def test_networks_of_timm(monkeypatch):

@@ -1,16 +1,15 @@
-"""Curves and maps: their numbers against NumPy, the pictures by what is in them, refusals in one line."""
+"""Curves: their numbers against NumPy, the pictures by what is in them, refusals in one line."""
 
 import csv
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
-import torch
-import torchvision
-from conftest import ARCH, SMALL, command
+from conftest import SMALL, command
 
-from synco import datasets, loader, metrics, plot
+from synco import embedding, metrics, plot
 
 
 def write_run(folder, *, steps=10, epochs=3, every=4, seed=0, classifier=False, base=5.0, length=None):
@@ -282,6 +281,93 @@ def test_damaged_lines_are_left_out_with_a_warning(tool, tmp_path):
     assert err.count("\n") == 1 and "log.jsonl: damaged lines are left out: 3, 4, 5" in err
 
 
+ABSURD = {
+    "not a number": "NaN",
+    "infinite": "1e999",
+    "beyond float": "9" * 400,
+    "beyond Python": "9" * 5000,
+    "beyond float32": "1e300",
+    "negative": "-1",
+    "a fraction": "1e-320",
+    "a list": "[3]",
+    "an object": '{"step": 3}',
+    "text": '"3"',
+    "true": "true",
+    "nothing": "null",
+    "deep": "[" * 1000 + "]" * 1000,
+    "deeper": "[" * 100_000 + "]" * 100_000,
+    "long": '"' + "x" * 10_000_000 + '"',
+}
+
+
+@pytest.mark.parametrize("value", ABSURD.values(), ids=ABSURD)
+def test_absurd_values_are_passed_over(tool, tmp_path, value):
+    """In each place of the log's lines and of config.json; where they are all that there is, in one line."""
+    write_run(tmp_path / "run")
+    before = tool(plot, "--csv", tmp_path / "run")[1]
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write(f'{{"kind": "knn", "step": {value}, "epoch": 1, "top1": 50.0}}\n')
+        file.write(f'{{"kind": {value}, "step": 1, "epoch": 1, "loss": 50.0}}\n{value}\n')
+    status, out, err = tool(plot, "--csv", tmp_path / "run")
+    assert (status, out) == (0, before) and err.count("\n") <= 1
+
+    (tmp_path / "run" / "config.json").write_text(f'{{"seed": {value}, "steps_per_epoch": {value}}}')
+    status, out, err = tool(plot, "--csv", "--mean", tmp_path / "run")
+    assert status == 0 and column(read_table(out), "knn_top1", "run") == {0: 10, 1: 30, 2: 31, 3: 32}
+    (tmp_path / "run" / "config.json").write_text(value)
+    assert tool(plot, "--csv", tmp_path / "run")[:2] == (0, before)
+
+    (tmp_path / "run" / "log.jsonl").write_text(f'{{"kind": "train", "step": 4, "epoch": {value}, "loss": {value}}}\n')
+    status, out, err = tool(plot, tmp_path / "run")
+    if value not in ("-1", "1e-320"):  # which are losses
+        assert (
+            (status, out) == (2, "")
+            and 1 <= err.count("\n") <= 3
+            and err.splitlines()[-1].startswith("plot.py: error: ")
+        )
+
+
+def test_numbers_as_large_as_can_be(tool, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "run").mkdir()
+    lines = [{"kind": "train", "step": step, "epoch": 2**53 * (step > 1), "loss": 3.4e38} for step in (1, 2, 2**53)]
+    lines += [{"kind": "val", "step": 2**53, "epoch": 2**53, "top1": -3.4e38}]
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for words in ([], ["--csv"], ["-o", tmp_path / "x.png"]):
+        status, _, err = tool(plot, "--mean", tmp_path / "run", *words)
+        assert (status, err) == (0, "")
+
+
+def test_a_run_that_has_just_begun(tool, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").write_text('{"kind": "train", "step": 0, "epoch": 0, "loss": 1.0}\n')
+    assert tool(plot, tmp_path / "run", "-o", tmp_path / "x.png")[0] == 0
+
+
+def test_a_damaged_config_is_left_out_with_a_warning(tool, tmp_path):
+    write_run(tmp_path / "run")
+    before = tool(plot, "--csv", tmp_path / "run")[1]
+    for damage in (lambda path: path.write_text("[" * 100_000), lambda path: (path.unlink(), path.mkdir())):
+        damage(tmp_path / "run" / "config.json")
+        status, out, err = tool(plot, "--csv", tmp_path / "run")
+        assert (status, out, err.count("\n")) == (0, before, 1) and "warning: " in err and "config.json: " in err
+
+
+def test_names_that_are_no_utf8(tool, tmp_path):
+    pytest.importorskip("matplotlib")
+    name = os.fsdecode(b"caf\xe9")
+    write_run(tmp_path / name)
+    out = tmp_path / f"{name}.csv"
+    status, told, err = tool(plot, tmp_path / name, "-o", out)
+    assert (status, told, err) == (0, f"written: {tmp_path}/caf?.csv\n", "") and b"\ncaf\xe9,1," in out.read_bytes()
+    assert "caf?" in tool(plot, tmp_path / name)[1]
+    for picture in ("x.png", "x.svg", "x.pdf", f"{name}.png"):
+        assert tool(plot, tmp_path / name, "-o", tmp_path / picture)[0] == 0 and (tmp_path / picture).exists()
+    points = embedding.Map([[0.0, 1.0], [1.0, 0.0]], [0, 1], ["a", name], ("x", "y"), name)
+    plot.write_picture(plot.scatter(points), str(tmp_path / "map.png"))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -300,6 +386,12 @@ def test_damaged_lines_are_left_out_with_a_warning(tool, tmp_path):
         (["run", "--csv", "-o", "x.png"], "must end in .csv"),
         (["run", "-o", "x.jsonl"], "-o x.jsonl: must end in .csv, for a table, or"),
         (["run", "-o", "run"], "-o run: is a folder"),
+        (["run", "-o", "x" * 300 + ".csv"], "x.csv: cannot be written (File name too long)"),
+        (["run", "-o", "run/log.jsonl/x.csv"], "there is no folder run/log.jsonl"),
+        (["x" * 300], "xxx: no such run"),
+        (["y/" * 3000 + "x"], "y/x: no such run"),
+        ([os.fsdecode(b"\xff")], "\\udcff: no such run"),
+        (["--embedding", "x" * 300, "data"], "data: no such folder"),
         (["run", "--method", "tsne"], "--method tsne goes with --embedding"),
         (["run", "--embedding", "c.pth.tar", "data"], "give RUNs, one or several, or --embedding"),
         (["--embedding", "c.pth.tar", "nowhere"], "nowhere: no such folder"),
@@ -323,6 +415,7 @@ def test_bad_input(tool, tmp_path, monkeypatch, words, message):
             (tmp_path / name / "log.jsonl").write_bytes(text)
     (tmp_path / "other" / "config.json").write_text('{"steps_per_epoch": 3}')
     before = sorted(tmp_path.rglob("*"))
+    sys.stderr.reconfigure(errors="backslashreplace")  # as Python's own is, and pytest's is not
     status, out, err = tool(plot, *words)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err, err
     assert sorted(tmp_path.rglob("*")) == before
@@ -341,60 +434,3 @@ def test_an_output_that_cannot_be_written(tool, tmp_path, monkeypatch):
     assert status == 2 and err.count("\n") == 1 and "No space left on device" in err
     assert (tmp_path / "x.csv").read_text() == "older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "x.csv"]
-
-
-# ------------------------------------------------------------------------------------------------ map of the features
-
-
-def test_principal_components_equal_numpys(tmp_path):
-    features = np.random.default_rng(0).normal(size=(40, 6)) * [5, 1, 3, 1, 1, 1] + 7
-    places, shares = plot.principal(torch.from_numpy(features).float())
-    centred = features - features.mean(axis=0)
-    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
-    np.testing.assert_allclose(shares, sizes[:2] ** 2 / (sizes**2).sum(), rtol=1e-5)
-    for i in range(2):
-        expected = centred @ directions[i] * np.sign(directions[i][np.abs(directions[i]).argmax()])
-        np.testing.assert_allclose(places[:, i], expected, atol=1e-4)
-
-
-def test_a_map_of_val(tool, pretrained, data, tmp_path):
-    """The table is NumPy's of features from torchvision's own network; the picture has each class once."""
-    words = ["--embedding", pretrained, data, "--img-size", 32, "-j", 0, "-b", 3]
-    status, out, err = tool(plot, *words, "--csv")
-    assert (status, err) == (0, "")
-    rows = read_table(out)
-    images = datasets.image_folder(data, "val").seen(loader.center_view(32))
-    assert [row["class"] for row in rows] == [images.classes[label] for label in images.targets]
-    net = torchvision.models.get_model(ARCH)
-    net.fc = torch.nn.Identity()
-    state = torch.load(pretrained, weights_only=True)["state_dict"]
-    state = {name.removeprefix("module.encoder_q."): w for name, w in state.items() if ".encoder_q." in name}
-    net.load_state_dict({name: w for name, w in state.items() if not name.startswith("fc.")})
-    with torch.no_grad():
-        features = net.eval()(torch.stack([x for x, _ in images])).double().numpy()
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    centred = features - features.mean(axis=0)
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    expected = left[:, :2] * sizes[:2]
-    found = np.array([[float(row["x"]), float(row["y"])] for row in rows])
-    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-3 * np.abs(expected).max())
-
-    pytest.importorskip("matplotlib")
-    assert tool(plot, *words, "-o", tmp_path / "map.png")[0] == 0
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    labels = images.targets
-    figure = plot.scatter(found.tolist(), labels, images.classes, ("x", "y"), "title")
-    sizes = [len(points.get_offsets()) for points in figure.axes[0].collections]
-    assert sizes == np.bincount(labels).tolist()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == images.classes
-
-
-def test_tsne(tool, pretrained, data, monkeypatch):
-    words = ["--embedding", pretrained, data, "--img-size", 32, "-j", 0, "--method", "tsne", "--csv"]
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    status, out, err = tool(plot, *words)
-    assert (status, out, err.count("\n")) == (2, "", 1) and "pip install scikit-learn" in err
-    monkeypatch.undo()
-    pytest.importorskip("sklearn")
-    status, out, err = tool(plot, *words)
-    assert status == 0 and len(read_table(out)) == 7

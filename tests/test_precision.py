@@ -1,5 +1,6 @@
 """Precision, layout and compilation: the same results within their tolerance, and no read from the device."""
 
+import copy
 import functools
 import json
 import os
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from conftest import ARCH, ROOT, SMALL, command, make_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from synco import checkpoint, classify, datasets, loader, metrics, precision
-from synco.builder import SynCo, encode
+from synco import augment, checkpoint, datasets, launch, loader, metrics, precision
+from synco.builder import SynCo, full_precision
 from synco.distributed import Process
-from synco.options import UserError
+from synco.errors import UserError
+from synco.networks import encode
 from synco.precision import Precision, compile_encoders
 
 CPU = torch.device("cpu")
@@ -30,7 +32,6 @@ def losses(folder):
 def runs(data, tmp_path_factory):
     """runs(flags ...) → the folder of such a run of two epochs; each is run once."""
     import main_synco
-    from synco import distributed
 
     made = {}
 
@@ -39,7 +40,7 @@ def runs(data, tmp_path_factory):
             folder = tmp_path_factory.mktemp("runs") / "run"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("sys.argv", ["main_synco.py", *SMALL, *CALM, *flags, "--save-dir", str(folder), data])
-                distributed.launch(main_synco.run, main_synco.parse)
+                assert launch.launch_status(main_synco.pretrain, main_synco.parse) == 0
             made[flags] = folder
         return made[flags]
 
@@ -87,19 +88,91 @@ def test_a_gpu_without_bf16_is_named(monkeypatch):
         Precision(torch.device("cuda"), "bf16")
 
 
-def test_tf32_is_for_products_and_convolutions_alike():
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [setting.allow_tf32 for setting in settings]
-    try:
-        for asked in (True, False):
-            Precision(CPU, tf32=asked)
-            assert [setting.allow_tf32 for setting in settings] == [asked, asked]
-        settings[1].allow_tf32 = True
-        Precision(CPU)
-        assert [setting.allow_tf32 for setting in settings] == [False, True]  # left as they were
-    finally:
-        for setting, value in zip(settings, before):
-            setting.allow_tf32 = value
+NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch >= 2.9 has a second interface to the settings
+# what a user's code may have set before, by either or by both
+SETTINGS = {
+    "nothing": "",
+    "older": "torch.set_float32_matmul_precision('medium')",
+    "newer": "torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+    "newer, all": "torch.backends.fp32_precision = 'tf32'",
+    "newer, CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "older, then newer": "torch.set_float32_matmul_precision('high'); torch.backends.fp32_precision = 'ieee'",
+    "newer, then older": "torch.backends.fp32_precision = 'tf32'; torch.backends.cudnn.allow_tf32 = False",
+}
+
+
+@pytest.fixture
+def fresh_settings():
+    """torch's settings of float32 as they are when it is imported, before and after."""
+
+    def reset():
+        if NEWER:
+            torch.backends.fp32_precision = torch.backends.cudnn.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        if NEWER:
+            torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+    reset()
+    yield
+    reset()
+
+
+def settings_now():
+    """By both interfaces; None: torch refuses to say."""
+    getters = {
+        "matmul": torch.get_float32_matmul_precision,
+        "cublas": lambda: torch.backends.cuda.matmul.allow_tf32,
+        "cudnn": lambda: torch.backends.cudnn.allow_tf32,
+    }
+    if NEWER:
+        newer = {"cuda.matmul": torch.backends.cuda.matmul, "mkldnn.matmul": torch.backends.mkldnn.matmul}
+        newer |= {"conv": torch.backends.cudnn.conv, "rnn": torch.backends.cudnn.rnn}
+        getters |= {name: lambda which=which: which.fp32_precision for name, which in newer.items()}
+    found = {}
+    for name, get in getters.items():
+        try:
+            found[name] = get()
+        except RuntimeError:
+            found[name] = None
+    return found
+
+
+both_interfaces = pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(code, id=name, marks=pytest.mark.skipif("newer" in name and not NEWER, reason="torch < 2.9"))
+        for name, code in SETTINGS.items()
+    ],
+)
+
+
+@both_interfaces
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_tf32_is_for_products_and_convolutions_alike(fresh_settings, before, asked):
+    exec(before)
+    expected = settings_now()
+    Precision(CPU, tf32=asked)
+    if asked is not None:
+        expected = {"matmul": "high" if asked else "highest", "cublas": asked, "cudnn": asked}
+        expected |= dict.fromkeys(("cuda.matmul", "mkldnn.matmul", "conv", "rnn"), "tf32" if asked else "ieee")
+    found = settings_now()
+    assert found == {name: expected[name] for name in found}
+
+
+@both_interfaces
+def test_the_head_computes_in_float32_whatever_was_set_before(fresh_settings, before):
+    """torch raises an error where one interface is asked about what the other has set."""
+    model, images = small(), torch.randn(2, 4, 3, 9, 9)
+    exec(before)
+    expected = settings_now()
+    with full_precision(CPU):
+        found = settings_now()
+    assert {found.pop(name, "ieee") for name in ("cuda.matmul", "mkldnn.matmul")} == {"ieee"}
+    assert (found["matmul"], found["cublas"]) == ("highest", False)
+    logits, labels = model(*images, step=0)
+    F.cross_entropy(logits, labels).backward()
+    assert settings_now() == expected
 
 
 def small_network(num_classes):
@@ -113,10 +186,10 @@ def small_network(num_classes):
     )
 
 
-def small(**settings):
+def small(network=small_network, **settings):
     torch.manual_seed(0)
     counts = {"n_hard": 16, "n1": 3, "n2": 3, "n3": 3, "n4": 3, "n5": 3, "n6": 3}
-    return SynCo(small_network, 8, 64, T=0.2, mlp=False, warmup_epochs=0, **{**counts, **settings})
+    return SynCo(network, 8, 64, T=0.2, mlp=False, warmup_epochs=0, **{**counts, **settings})
 
 
 def test_the_head_computes_in_float32_whatever_is_around_it():
@@ -160,7 +233,7 @@ def test_a_step_under_autocast(settings):
 
 def test_a_scaled_loss_gives_the_same_training(data):
     """Scaling by a power of two and back loses nothing where nothing over- or underflows."""
-    views = loader.Augmented(datasets.image_folder(data, "train"), loader.classifier_augmentation(16), 3)
+    views = loader.Augmented(datasets.image_folder(data, "train"), augment.classifier_augmentation(16), 3)
     weights = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         torch.manual_seed(0)
@@ -168,11 +241,11 @@ def test_a_scaled_loss_gives_the_same_training(data):
         how = Precision(CPU)
         how.scaler = scaler or how.scaler
         batches = loader.train_loader(views, 8, process=Process(), workers=0, seed=3)
-        classify.train(
-            network, batches, torch.optim.SGD(network.parameters(), 0.1), 0,
-            process=Process(), seed=3, print_freq=10, averages=metrics.Averages(), precision=how,
-            report=lambda *_: None, check_finite=lambda *_: None, after_step=lambda *_: None,
-        )  # fmt: skip
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            how.backward(F.cross_entropy(network(images), labels), optimizer, list(network.parameters()))
+            how.step(optimizer)
         weights.append(nn.utils.parameters_to_vector(network.parameters()).detach())
     assert torch.equal(*weights)
 
@@ -200,6 +273,63 @@ def test_an_overflow_is_left_out_and_no_end_of_them_is_an_error():
         how.check()
     norm = Precision(CPU).backward((weight * torch.inf).sum(), optimizer, [weight])
     assert not norm.isfinite()  # in float32 it is an error, see `metrics.Finite`
+
+
+@pytest.fixture
+def filled_memory():
+    """Memory that nothing was written to holds NaN, and not what happens to be there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_momentum_begins_at_zero_though_the_first_step_is_left_out(filled_memory):
+    """A fused SGD takes memory for it as it comes; only a scaler can have it leave that as it is."""
+    gradients = [torch.tensor([3.0, -1e-3, 0.5]), torch.tensor([1.0, 2.0, 0.25])]
+
+    def train(how, gradients, fused):
+        weight, other = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        optimizer = torch.optim.SGD([weight, other], 0.1, momentum=0.9, weight_decay=0.5, fused=fused)
+        for gradient in gradients:
+            optimizer.zero_grad()
+            how.backward((weight * gradient).sum(), optimizer, [weight])
+            how.step(optimizer)
+        state = optimizer.state_dict()["state"]
+        assert list(state) == [0]  # none of a parameter that gets no gradient, as in the published format
+        return torch.stack([weight.detach(), state[0]["momentum_buffer"]])
+
+    skipped = train(scaling(512.0), [torch.full((3,), torch.inf), *gradients], True)
+    assert torch.equal(skipped, train(scaling(512.0), gradients, True))
+    assert torch.equal(skipped, train(Precision(CPU), gradients, True))
+    torch.testing.assert_close(skipped, train(Precision(CPU), gradients, False))
+
+
+@pytest.mark.parametrize("before, after", [(False, True), (True, False)])
+@pytest.mark.parametrize("kind, settings", [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {})])
+def test_momentum_of_a_run_in_another_layout(before, after, kind, settings):
+    """A fused step pairs a weight with what lies at the same place in memory."""
+    images = torch.randn(4, 3, 9, 9)
+
+    def start(channels_last, fused):
+        torch.manual_seed(0)
+        how = Precision(CPU, channels_last=channels_last)
+        network = how.place(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)))
+        return how, network, kind(network.parameters(), 0.1, fused=fused, **settings)
+
+    def step(how, network, optimizer):
+        optimizer.zero_grad()
+        network(how.place(images)).square().mean().backward()
+        how.step(optimizer)
+
+    plain, other = start(before, False), start(after, True)
+    step(*plain)
+    checkpoint.load_optimizer({"optimizer": copy.deepcopy(plain[2].state_dict())}, "x.tar", other[2])
+    other[1].load_state_dict(plain[1].state_dict())
+    for weight, state in other[2].state.items():
+        assert all(x.stride() == weight.stride() for x in state.values() if x.dim())
+    step(*plain), step(*other)
+    for found, expected in zip(other[1].parameters(), plain[1].parameters()):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -233,21 +363,23 @@ def test_the_scaler_goes_on_where_it_was():
         first.scaler.scale(weight * torch.inf).sum().backward()
         first.scaler.step(optimizer)
         first.scaler.update()
-    assert weight.item() == 1 and first.state()["scaler"]["scale"] == 64.0
-    second.resume(first.state(), "x.tar")
-    assert second.state() == first.state()
-    assert Precision(CPU).state() == {}  # nothing to store where nothing scales
-    Precision(CPU).resume(first.state(), "x.tar")
-    second.resume({}, "x.tar")
-    assert second.state() == first.state()
+    assert weight.item() == 1 and first.state_dict()["scale"] == 64.0
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
+    assert Precision(CPU).state_dict() == {}  # nothing to store where nothing scales
+    Precision(CPU).load_state_dict(first.state_dict())
+    second.load_state_dict({})
+    assert second.state_dict() == first.state_dict()
 
 
-@pytest.mark.parametrize("state", [3, {}, {"scale": "large"}, {"scale": float("nan")}, {"scale": 0.0}, {"scale": -1.0}])
+@pytest.mark.parametrize(
+    "state", [3, {"scale": 8.0}, {"scale": "large"}, {"scale": float("nan")}, {"scale": 0.0}, {"scale": -1.0}]
+)
 def test_a_scaler_state_that_is_none_is_refused(state):
-    whole = scaling(8.0).state()["scaler"]
-    state = whole | state if isinstance(state, dict) and state else state
-    with pytest.raises(UserError, match="x.tar: its scaler state does not fit"):
-        scaling(8.0).resume({"scaler": state}, "x.tar")
+    whole = scaling(8.0).state_dict()
+    state = whole | state if isinstance(state, dict) and state != {"scale": 8.0} else state
+    with pytest.raises(ValueError, match="its scaler state does not fit"):
+        scaling(8.0).load_state_dict(state)
 
 
 def test_compiled_encoders_keep_their_names_and_numbers(monkeypatch):
@@ -269,6 +401,39 @@ def test_compiled_encoders_keep_their_names_and_numbers(monkeypatch):
         model.eval()
     features = [encode(model.encoder_q, model.head, images[0]) for model in (compiled, plain)]
     torch.testing.assert_close(*features)  # kNN hooks into the network
+
+
+class Compiled(nn.Module):
+    """Code of ours: torch compiles none of its own modules by themselves."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.layers = small_network(num_classes)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_the_encoders_are_compiled_once(monkeypatch, fresh_settings):
+    """A graph each, in the first step; what a step leaves behind in torch's settings asks for no other."""
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    model, images = small(Compiled), torch.randn(2, 4, 3, 9, 9)
+    compile_encoders(model, CPU)
+    tried = len(graphs)  # whether there is a compiler
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for step in range(3):
+        logits, labels = model(*images, step=step)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        assert len(graphs) == tried + 2, step
 
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch, program, data, tmp_path):
@@ -334,7 +499,8 @@ ON_A_GPU = """
 import sys
 import torch
 import main_synco
-from synco import distributed, metrics
+from synco import metrics
+from synco.launch import launch
 
 add, read = metrics.Averages.add, metrics.Averages.read
 
@@ -347,7 +513,7 @@ def free(self, reduce):
     return read(self, reduce)
 
 metrics.Averages.add, metrics.Averages.read = strict, free
-distributed.launch(main_synco.run, main_synco.parse)
+launch(main_synco.pretrain, main_synco.parse)
 """
 
 
@@ -362,4 +528,67 @@ def test_a_gpu_refuses_reads_in_other_steps(tmp_path, flags):
         "--save-dir", tmp_path / "run", tmp_path / "data",
         env={"CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+NUMBERS_ON_A_GPU = """
+import json
+import sys
+import torch
+import torch.nn as nn
+from synco import checkpoint
+from synco.builder import full_precision
+from synco.precision import Precision
+
+gpu = torch.device("cuda")
+
+torch.use_deterministic_algorithms(True)  # memory that nothing was written to holds NaN
+momentum = []
+for amp, gradients in (("off", [2.0, 3.0]), ("fp16", [torch.inf, 2.0, 3.0])):
+    how, weight = Precision(gpu, amp), torch.ones(3, device=gpu, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9, fused=how.fused)
+    for gradient in gradients:
+        optimizer.zero_grad()
+        how.backward((weight * gradient).sum(), optimizer, [weight])
+        how.step(optimizer)
+    momentum.append(optimizer.state[weight]["momentum_buffer"])
+assert torch.equal(*momentum), momentum
+torch.use_deterministic_algorithms(False)
+
+images, weights, state = torch.randn(4, 3, 9, 9), [], None
+for channels_last in (False, True):
+    torch.manual_seed(0)
+    how = Precision(gpu, channels_last=channels_last, tf32=False)
+    network = how.place(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, fused=how.fused)
+    if state:
+        checkpoint.load_optimizer({"optimizer": state}, "x.tar", optimizer)
+        network.load_state_dict(trained)
+    for step in range(2 - channels_last):
+        optimizer.zero_grad()
+        network(how.place(images)).square().mean().backward()
+        how.step(optimizer)
+        if not state:
+            state = json.loads(json.dumps(optimizer.state_dict(), default=lambda tensor: tensor.tolist()))
+            state["state"] = {int(i): {k: torch.tensor(v) for k, v in x.items()} for i, x in state["state"].items()}
+            trained = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    weights.append(network[0].weight.detach().contiguous())
+torch.testing.assert_close(*weights)
+
+a, b = torch.randn(2, 512, 512, device=gpu)
+for before in json.loads(sys.argv[1]):
+    exec(before)
+    with full_precision(gpu):
+        torch.testing.assert_close((a @ b).double(), a.double() @ b.double(), atol=1e-3, rtol=0)  # TF32: 1e-2
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/nvidia0"), reason="needs a GPU")
+def test_momentum_and_products_on_a_gpu(tmp_path):
+    """What the tests above see on a CPU, by CUDA's fused SGD and cuBLAS."""
+    (tmp_path / "numbers.py").write_text(NUMBERS_ON_A_GPU)
+    codes = [code for name, code in SETTINGS.items() if NEWER or "newer" not in name]
+    run = command(
+        tmp_path / "numbers.py", json.dumps(codes), env={"CUDA_VISIBLE_DEVICES": "0", "PYTHONPATH": str(ROOT)}
+    )
     assert run.returncode == 0, run.stderr

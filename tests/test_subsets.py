@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from synco import datasets, subsets
-from synco.options import UserError
+from synco.errors import UserError
 
 SIZES = {"ant": 200, "bee": 25, "cow": 14, "dog": 3, "eel": 1}
 
@@ -60,7 +60,7 @@ def test_the_draw_is_that_of_its_definition(images):
 
 def test_neither_place_nor_order_matter_but_seed_and_percent_do(images, tmp_path):
     elsewhere = make(tmp_path / "a b", SIZES)
-    elsewhere = elsewhere.part(random.Random(0).sample(range(243), 243))
+    elsewhere = elsewhere.subset(random.Random(0).sample(range(243), 243))
     draws = {(s, p): subsets.subset(images, p, s)[0].names for s in (0, 1) for p in (1, 10)}
     for (seed, percent), drawn in draws.items():
         assert subsets.subset(elsewhere, percent, seed)[0].names == drawn
@@ -227,3 +227,13 @@ def test_imagenets_classes_with_a_list_of_other_ones(tmp_path, server):
     Image.new("RGB", (8, 8)).save(tmp_path / "x" / "train" / "n00000001" / "n00000001_1.JPEG")
     with pytest.raises(UserError, match="a list of other images: 2 of its classes are not in"):
         subsets.subset(datasets.image_folder(tmp_path / "x", "train"), 1, 0)
+
+
+def test_a_name_that_a_list_cannot_hold_is_refused(tmp_path):
+    for name in ("c/a\nb.jpg", "c/a.jpg\r"):
+        images = datasets.Images("x", ["c"], ["c/0.jpg", name], [0, 0], None)
+        with pytest.raises(
+            UserError, match=r"list: a list has one name a line, and c/a(\\nb)?.jpg(\\r)? holds a line break"
+        ):
+            subsets.write_list(images, str(tmp_path / "list"))
+        assert not (tmp_path / "list").exists()

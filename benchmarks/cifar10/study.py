@@ -35,11 +35,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.path.insert(0, ROOT)
 
-from synco import checkpoint, datasets, distributed, metrics  # noqa: E402
+from synco import datasets, distributed, files, metrics  # noqa: E402
+from synco.distributed import usable_cpus  # noqa: E402
+from synco.errors import UserError  # noqa: E402
+from synco.files import read_json  # noqa: E402
 from synco.negatives import TYPES  # noqa: E402
-from synco.options import UserError, usable_cpus  # noqa: E402
 from synco.plot import COLOURS  # noqa: E402
-from synco.trial import read_json  # noqa: E402
 
 METHODS = ("mocov2", "mochi", "synco")
 ALONE = tuple(f"{name}-alone" for name in TYPES)
@@ -147,17 +148,17 @@ def main():
         if args.choose:
             found = {"candidates": programs.all(choose, list(scale.candidates.items()))}
             found |= {"trials": programs.all(try_out, list(scale.trials.items()))} | settings_of(scale)
-            metrics.write_json(os.path.join(HERE, f"{args.scale}-choice.json"), origin(args, "--choose") | found)
+            files.write_json(os.path.join(HERE, f"{args.scale}-choice.json"), origin(args, "--choose") | found)
         else:
             if not args.report_only:
                 programs.all(run, [(method, seed) for seed in args.seeds for method in args.methods])
             found = gather(args, scale)
             draw(os.path.join(HERE, f"{args.scale}.png"), found)
-            metrics.write_json(os.path.join(HERE, f"{args.scale}.json"), found)
+            files.write_json(os.path.join(HERE, f"{args.scale}.json"), found)
             print(table(found), verdicts(found), sep="\n\n")
-        with checkpoint.whole(os.path.join(HERE, "README.md")) as file:
+        with files.atomic_write(os.path.join(HERE, "README.md")) as file:
             file.write(readme().encode())
-    except Ended as error:
+    except (Ended, UserError) as error:
         sys.exit(f"study.py: {error}")
     except OSError as error:
         sys.exit(f"study.py: {error.filename}: {error.strerror}")
@@ -293,7 +294,7 @@ def prepare(args, scale):
         raise Ended(f"--out {args.out}: holds runs with other settings ({', '.join(changed)}); give another")
     machines = before.get("machines", [])
     if machine(args) not in machines:
-        metrics.write_json(path, now | {"machines": [*machines, machine(args)]})
+        files.write_json(path, now | {"machines": [*machines, machine(args)]})
 
 
 def settings_of(scale):
@@ -612,7 +613,7 @@ def draw(path, content):
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    with checkpoint.whole(path) as file:
+    with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=100)
     plt.close(figure)
 
