@@ -8,6 +8,7 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Collection
 
 import torch
 
@@ -49,7 +50,7 @@ SEAL = re.compile(rb"synco sha256 ([0-9a-f]{64})")
 SEALED = len(b"synco sha256 ") + 64
 
 
-def save(checkpoint, path):
+def save(checkpoint: dict, path: str) -> None:
     """Write a checkpoint, whole or not at all; what a killed attempt at it has left is removed.
 
     Raises OSError if it cannot be written; the file that was there is then as it was.
@@ -66,7 +67,7 @@ def save(checkpoint, path):
         file.write(struct.pack("<H", SEALED) + b"synco sha256 " + hashing.digest.hexdigest().encode())
 
 
-def check_whole(path):
+def check_whole(path: str) -> None:
     """Raise UserError if a file is damaged, as far as it can tell: by its seal, else by the zip's own checksums.
 
     The seal covers every bit of the file. Those of MoCo and SynCo have none; in torch's format of before 2020 there is
@@ -112,7 +113,7 @@ def _tail(file, count):
     return file.read(count)
 
 
-def load(path):
+def load(path: str) -> dict:
     """A checkpoint as a dict of CPU tensors and plain values, new or old format; nothing in it is executed.
 
     It has a `state_dict` (a file of weights alone becomes one) and a `config`, empty where the file has none.
@@ -234,7 +235,7 @@ def load_optimizer(checkpoint: dict, path: str, optimizer: torch.optim.Optimizer
                 state[name] = torch.empty_like(parameter).copy_(tensor)
 
 
-def differences(found, wanted):
+def differences(found: dict, wanted: dict) -> str:
     """How the tensors of two state dicts differ in names and shapes, in words; "" where they do not.
 
     BatchNorm's `num_batches_tracked` may lack: weights of the time before it have none, and nothing here reads it.
@@ -255,7 +256,7 @@ def differences(found, wanted):
     )
 
 
-def check_real(weights, path, whole=()):
+def check_real(weights: dict, path: str, whole: Collection[str] = ()) -> None:
     """Raise UserError that names a tensor which does not hold real numbers one by one.
 
     whole: the names of counters and indices, which are of whole numbers.
@@ -267,7 +268,7 @@ def check_real(weights, path, whole=()):
             raise UserError(f"{path}: {name} is a tensor {kind}; weights are dense and of real numbers")
 
 
-def check_values(tensors, path, wanted=None):
+def check_values(tensors: dict, path: str, wanted: dict | None = None) -> None:
     """Raise UserError that names a tensor which does not hold finite real numbers, or whole ones where those in
     `wanted` are."""
     check_real(tensors, path, whole=[name for name, like in (wanted or {}).items() if not like.is_floating_point()])
@@ -276,7 +277,7 @@ def check_values(tensors, path, wanted=None):
         raise UserError(f"{path}: {broken[0]} holds values that are not finite ({len(broken)} such tensors)")
 
 
-def not_finite(tensors):
+def not_finite(tensors: dict) -> list[str]:
     """The names of those among {name: tensor} that hold infinities or NaN, with one read from the device."""
     if not tensors:
         return []
@@ -285,7 +286,7 @@ def not_finite(tensors):
     return [name for name, fine in zip(tensors, good) if not fine]
 
 
-def check_before_saving(content):
+def check_before_saving(content: dict) -> None:
     """Raise FloatingPointError if weights or momentum are not finite: such a file would replace a good one."""
     tensors = dict(content["state_dict"])
     for number, state in content["optimizer"]["state"].items():

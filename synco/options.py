@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 
 import torchvision
 
@@ -110,7 +111,7 @@ def choose_seed(given: int | None, path: str | None, config: dict) -> int:
     return int.from_bytes(os.urandom(4), "little") if given is None else given
 
 
-def number(kind, low=None, high=None, *, above=None):
+def number(kind: type, low: float | None = None, high: float | None = None, *, above: float | None = None) -> Callable:
     """An argparse type: an int or float (`kind`) with low <= value <= high, or value > above.
 
     No whole number may exceed 10**9 in any case: none here has a reason to.
@@ -137,7 +138,7 @@ def number(kind, low=None, high=None, *, above=None):
     return parse
 
 
-def pair(low, high):
+def pair(low: float, high: float) -> Callable:
     """An argparse type: two numbers MIN,MAX with low < MIN <= MAX <= high."""
 
     def parse(text):
@@ -152,7 +153,7 @@ def pair(low, high):
     return parse
 
 
-def length(text):
+def length(text: str) -> int | float | str:
     """An argparse type: a number of epochs, fractions allowed, or of steps with an s after it, such as "2500s"."""
     try:
         if text.endswith("s"):
@@ -165,12 +166,12 @@ def length(text):
     return int(epochs) if epochs == int(epochs) else epochs
 
 
-def in_epochs(length, steps):
+def in_epochs(length: int | float | str, steps: int) -> float:
     """A `length` as epochs, of `steps` steps each."""
     return int(length[:-1]) / steps if isinstance(length, str) else length
 
 
-def lengths(count):
+def lengths(count: int) -> Callable:
     """An argparse type: one `length`, or `count` of them with commas → that one, or a list."""
 
     def parse(text):
@@ -182,7 +183,7 @@ def lengths(count):
     return parse
 
 
-def architecture(name):
+def architecture(name: str) -> str:
     """An argparse type: the name of one of torchvision's classification networks, or timm:NAME for one of timm's."""
     if name.startswith("timm:"):
         if importlib.util.find_spec("timm") is None:
@@ -203,7 +204,7 @@ def architecture(name):
     return given
 
 
-def add_data(parser, *, positional=True):
+def add_data(parser: Parser, *, positional: bool = True) -> None:
     """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
     identity, free = parser.identity, parser.free
     if positional:
@@ -239,7 +240,7 @@ def add_data(parser, *, positional=True):
     )
 
 
-def add_speed(parser):
+def add_speed(parser: Parser) -> None:
     """How the network computes, see `precision.Precision`."""
     identity = parser.identity
     identity("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the network's forward pass")
@@ -256,7 +257,7 @@ def add_speed(parser):
     )
 
 
-def check_data(args):
+def check_data(args: argparse.Namespace) -> None:
     """Raise UserError where the flags of `add_data` contradict each other."""
     if args.download and args.dataset == "imagefolder":
         raise UserError(f"--download: name what to fetch with --dataset {{{','.join(list(DATASETS)[1:])}}}")
@@ -286,7 +287,7 @@ def resolve_image_settings(args, path: str = "", config: dict | None = None) -> 
     return resolved
 
 
-def add_run(parser, *, epochs, batch_size, save_dir, steps=False):
+def add_run(parser: Parser, *, epochs: int, batch_size: int, save_dir: str | None, steps: bool = False) -> None:
     """Length (in `steps`, too, if asked), reporting and output of a run; the defaults are the script's own."""
     schedule, free = parser.schedule, parser.free
     lasting = parser.add_mutually_exclusive_group()
@@ -309,7 +310,7 @@ def add_run(parser, *, epochs, batch_size, save_dir, steps=False):
     )
 
 
-def add_skipping(parser):
+def add_skipping(parser: Parser) -> None:
     """What to do about training images that cannot be read."""
     free = parser.free
     free(
@@ -343,7 +344,7 @@ def check_start(args, epochs: int) -> None:
         raise UserError(f"--start-epoch {args.start_epoch} must be below {length}")
 
 
-def add_classifier(parser):
+def add_classifier(parser: Parser) -> None:
     """What the linear probe and the fine-tuning have in common."""
     identity, free = parser.identity, parser.free
     free(
@@ -360,7 +361,7 @@ def add_classifier(parser):
     identity("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
 
 
-def add_distributed(parser):
+def add_distributed(parser: Parser) -> None:
     """Processes and devices, under MoCo's names; see `launch.launch`."""
     free = parser.free
     free("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
