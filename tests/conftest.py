@@ -21,6 +21,10 @@ import torch.multiprocessing as mp
 import torchvision
 from PIL import Image
 
+# who runs the tests in the background, or under nohup, has these ignored, and so would every program started here
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
