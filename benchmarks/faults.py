@@ -138,5 +138,6 @@ if __name__ == "__main__":
         import main_synco
         from synco.launch import launch
 
+        sys.argv[0] = main_synco.__file__  # which its folder is known by
         launch(broken_pretrain, main_synco.parse)
     main()
