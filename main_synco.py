@@ -257,9 +257,7 @@ def flags() -> options.Parser:
     identity("--aug-plus", action="store_true", help="MoCo v2's augmentation in place of v1's")
     identity("--aug-heavy", action="store_true", help="RandAugment and random erasing, in place of MoCo's augmentation")
     identity("--blur", action="store_true", help="with --aug-plus, --aug-heavy: blur crops below 64 pixels too")
-    identity(
-        "--crop-scale", type=options.pair(0, 1), metavar="MIN,MAX", help="crop's area (unset: 0.2,1; heavy: 0.5,1)"
-    )
+    identity("--crop-scale", type=options.pair(0, 1), metavar="MIN,MAX", help="crop area (unset: 0.2,1; heavy: 0.5,1)")
     identity("--augment-on", default="cpu", choices=("cpu", "device"), help="device: workers only decode, crop and "
              "resize; the rest is done in batches, on the GPU")  # fmt: skip
     identity("--compile", action="store_true", help="compile the encoders with torch.compile")

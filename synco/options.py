@@ -7,8 +7,6 @@ import math
 import os
 from collections.abc import Callable
 
-import torchvision
-
 from synco.errors import UserError
 
 # mean and standard deviation of a data set's training images, in [0, 1]: what images are normalised with
@@ -193,6 +191,8 @@ def architecture(name: str) -> str:
         kind, name = "timm", name.removeprefix("timm:")
         known, names = timm.is_model(name), timm.list_models()
     else:
+        import torchvision  # takes seconds: for the programs alone that have networks
+
         kind, names = "torchvision classification", torchvision.models.list_models(module=torchvision.models)
         known = name in names
     given = f"timm:{name}" if kind == "timm" else name

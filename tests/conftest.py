@@ -5,13 +5,16 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same with and without GPUs; before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run side by side, and each of them is small
 
+import contextlib
 import functools
 import importlib
 import pathlib
+import pickle
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -203,19 +206,76 @@ def command(*words, env=None, timeout=300):
     )
 
 
-def _process(rank, world_size, port, function, args, results):
+def forkserver():
+    """The context of processes that are forks of one helper, which has imported, once, what takes seconds."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision", "pytest"])
+    return context
+
+
+def forks(count, function, *args):
+    """[function(rank, *args) in each of `count` fresh processes, side by side]; function: of a module's top level.
+
+    Raises the first error with its traceback, and ends the others.
+    """
+    forkserver()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_fork, (function, args, folder), nprocs=count, start_method="forkserver")
+        return [pickle.loads(pathlib.Path(folder, str(rank)).read_bytes()) for rank in range(count)]
+
+
+def _fork(rank, function, args, folder):
     torch.set_num_threads(1)
-    store = dist.TCPStore("localhost", port, world_size, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    results[rank] = function(rank, *args)
-    dist.barrier()
-    dist.destroy_process_group()
+    pathlib.Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *args)))
 
 
 def processes(world_size, function, *args):
     """[function(rank, *args) of each of `world_size` real gloo processes]; function: of a test module's top level."""
     store = dist.TCPStore("localhost", 0, world_size, is_master=True, wait_for_workers=False)
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_process, (world_size, store.port, function, args, results), nprocs=world_size)
-        return [results[rank] for rank in range(world_size)]
+    return forks(world_size, _process, world_size, store.port, function, args)
+
+
+def _process(rank, world_size, port, function, args):
+    store = dist.TCPStore("localhost", port, world_size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    result = function(rank, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
+
+
+def program_of(world_size, name, *flags):
+    """A script in as many processes, as torchrun starts them but for the launcher → ([exit status], stdout, stderr)."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        given = (world_size, port, folder, name, [str(flag) for flag in flags])
+        ranks = [forkserver().Process(target=_program, args=(rank, *given)) for rank in range(world_size)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(120)
+            rank.kill()  # one that hangs
+            rank.join()
+        statuses = [rank.exitcode for rank in ranks]
+        texts = {kind: "".join(path.read_text() for path in sorted(pathlib.Path(folder).glob(f"*.{kind}")))
+                 for kind in ("out", "err")}  # fmt: skip
+    return statuses, texts["out"], texts["err"]
+
+
+def _program(rank, world_size, port, folder, name, flags):
+    from synco.exits import exit_with
+    from synco.launch import launch_status
+
+    mp.current_process()._config.pop("tempdir", None)  # the helper's, too, and a program that fails removes its own
+    torch.set_num_threads(1)
+    place = (rank, world_size, rank, world_size, "localhost", port)
+    os.environ.update({variable: str(value) for variable, value in zip(LAUNCHERS, place, strict=True)})
+    module = importlib.import_module(name)
+    sys.argv = [f"{name}.py", *flags]
+    with (
+        open(f"{folder}/{rank}.out", "w") as out,
+        open(f"{folder}/{rank}.err", "w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        exit_with(launch_status, getattr(module, WORKERS[name]), module.parse)

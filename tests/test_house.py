@@ -1,4 +1,4 @@
-"""The rules of the house that a reader relies on: imports run one way, and settings are not written after parsing."""
+"""The rules of the house: imports run one way, settings are not written after parsing, and nothing is too long."""
 
 import ast
 import re
@@ -6,6 +6,7 @@ import re
 from conftest import ROOT
 
 PACKAGE = {path.stem: path.read_text() for path in (ROOT / "synco").glob("*.py")}
+SCRIPTS = {path.stem: path.read_text() for path in ROOT.glob("main_*.py")}
 
 
 def imports(source):
@@ -32,7 +33,29 @@ def test_imports_run_one_way():
 
 
 def test_settings_are_not_written_after_parsing():
-    scripts = {path.stem: path.read_text() for path in ROOT.glob("main_*.py")}
     written = re.compile(r"\bargs\.\w+(, args\.\w+)* [|+-]?= |setattr\(args", re.ASCII)
-    found = {name: written.findall(source) for name, source in (PACKAGE | scripts).items() if name not in ("plot",)}
+    found = {name: written.findall(source) for name, source in (PACKAGE | SCRIPTS).items() if name not in ("plot",)}
     assert not any(found.values()), found
+
+
+def lines(node):
+    return node.end_lineno - node.lineno + 1
+
+
+def test_no_file_function_loop_or_list_of_arguments_is_too_long():
+    limits = dict.fromkeys(PACKAGE, 400) | {"main_synco": 330, "main_lincls": 150, "main_semisup": 150}
+    long = [name for name, source in (PACKAGE | SCRIPTS).items() if source.count("\n") > limits[name]]
+    assert long in ([], ["plot"])
+    found = []
+    for module, source in (PACKAGE | SCRIPTS).items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.For, ast.While)) and lines(node) > 60:
+                found.append(f"{module}: a loop in line {node.lineno}")
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            arguments = [a.arg for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")]
+            if lines(node) > 60 and node.name not in ("parse", "__init__"):
+                found.append(f"{module}: {node.name} has {lines(node)} lines")
+            if len(arguments) > 6 and arguments[0] != "ctx":  # autograd's own protocol has no keywords
+                found.append(f"{module}: {node.name} has {len(arguments)} positional arguments")
+    assert not found, found

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCH, command, cut_at, make_images
+from conftest import ARCH, command, cut_at, make_images, program_of
 from PIL import Image
 from test_main_lincls import equal, lines_of, refused, result
 
@@ -105,10 +105,10 @@ def test_an_interrupted_fine_tuning_ends_bit_identical(tuned, data, pretrained, 
 
 def test_two_processes(data, pretrained, tmp_path, programs):
     """Uneven batches (24 labels in batches of 7 a process), one speaker, and a classifier that one process confirms."""
-    run = command("torchrun", "--nproc-per-node", 2, "main_semisup.py", *TUNE, "-b", 14, "--pretrained", pretrained,
-                  "--save-dir", tmp_path / "r", data)  # fmt: skip
-    assert run.returncode == 0 and run.stdout.count("Done. Best top-1") == 1, run.stderr
-    assert "steps per epoch    2" in run.stdout
+    flags = [*TUNE, "-b", 14, "--pretrained", pretrained, "--save-dir", tmp_path / "r", data]
+    statuses, out, err = program_of(2, "main_semisup", *flags)
+    assert statuses == [0, 0] and out.count("Done. Best top-1") == 1, err
+    assert "steps per epoch    2" in out
     flags = [*FLAGS, "-e", "--resume", tmp_path / "r" / BEST, "--save-dir", tmp_path / "e", data]
     status, _, err = programs("main_semisup", *flags)
     assert status == 0 and result(tmp_path / "e")["top1"] == result(tmp_path / "r")["top1"], err

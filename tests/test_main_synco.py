@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, SMALL, command, cut_at, free_port, make_images
+from conftest import ARCH, SMALL, command, cut_at, free_port, make_images, program_of
 
 import main_synco
 from synco import checkpoint, metrics
@@ -133,10 +133,10 @@ def test_a_warm_up_is_linear_and_the_cosine_takes_the_rest():
     assert rates == pytest.approx([0, 0.015, *expected])
 
 
-def test_the_number_of_workers_does_not_change_a_bit(undisturbed, data, tmp_path):
+def test_the_number_of_workers_does_not_change_a_bit(undisturbed, data, tmp_path, program):
     folder, _ = undisturbed
-    run = command("main_synco.py", *SMALL, "-j", "2", "--save-dir", tmp_path / "r", data)
-    assert run.returncode == 0, run.stderr
+    status, _, err = program(*SMALL, "-j", 2, "--save-dir", tmp_path / "r", data)
+    assert status == 0, err
     assert equal(final(folder), final(tmp_path / "r"))
 
 
@@ -394,10 +394,9 @@ def test_a_best_epoch_that_was_not_saved_is_evaluated_again(data, tmp_path, prog
 
 def test_processes_agree_on_the_best_epoch_of_a_resumed_run(data, tmp_path):
     """Rank 0 alone has the log; a save that some take for due and others not would never end."""
-    flags = "--multiprocessing-distributed --nproc-per-node 2 --knn-freq 1 --save-best --bn-splits 1".split()
-    words = ["main_synco.py", *SMALL, *flags, "--resume", "auto", "--save-dir", tmp_path / "r", data]
-    done = command(*words, timeout=120)
-    assert done.returncode == 0, done.stderr
+    flags = [*SMALL, "--knn-freq", 1, "--save-best", "--resume", "auto", "--save-dir", tmp_path / "r", data]
+    statuses, _, err = program_of(2, "main_synco", *flags)
+    assert statuses == [0, 0], err
     os.remove(tmp_path / "r" / "checkpoint_0001.pth.tar")
     log = tmp_path / "r" / "log.jsonl"
     lines = [json.loads(text) for text in log.read_text().splitlines()]
@@ -406,8 +405,8 @@ def test_processes_agree_on_the_best_epoch_of_a_resumed_run(data, tmp_path):
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     best = tmp_path / "r" / main_synco.FILES.best
     before = best.read_bytes()
-    again = command(*words, timeout=120)
-    assert again.returncode == 0 and "kNN after 2 epochs" in again.stdout, again.stderr
+    statuses, out, err = program_of(2, "main_synco", *flags)
+    assert statuses == [0, 0] and "kNN after 2 epochs" in out, err
     assert best.read_bytes() == before  # 101 was not to be beaten
 
 
@@ -468,7 +467,6 @@ BAD = {
     "-b 25": "--batch-size 25: a step takes 25 images, ",
     "-b 1": "--batch-size 1 --bn-splits 1: the 1 images of a process do not divide",
     "-b 9 --bn-splits 2": "--batch-size 9 --bn-splits 2: the 9 images",
-    "--multiprocessing-distributed --nproc-per-node 3": "--batch-size 8 is not divisible by a node's 3 processes",
     "--moco-k 7 --n-hard 4": "--moco-k 7 is smaller than the 8 keys of a step",
     "--n-hard 65": "--n-hard 65 is larger than the queue: --moco-k is 64",
     "--n3 -1": "argument --n3: '-1' is not a whole number >= 0",
@@ -509,14 +507,17 @@ BAD = {
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_flags(flags, data, tmp_path, program, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "multiprocessing" in flags:
-        run = command(main_synco.__file__, *SMALL, *flags.split(), "--save-dir", tmp_path / "r", data)
-        status, out, err = run.returncode, run.stdout, run.stderr
-    else:
-        status, out, err = program(*SMALL, *flags.split(), "--save-dir", tmp_path / "r", data)
+    status, out, err = program(*SMALL, *flags.split(), "--save-dir", tmp_path / "r", data)
     assert status == 2 and out == ""
     assert err.count("\n") == 1 and err.startswith("main_synco.py: error: ") and BAD[flags] in err
     assert os.listdir(tmp_path) == []  # nothing was written
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(data, tmp_path):
+    statuses, out, err = program_of(3, "main_synco", *SMALL, "--save-dir", tmp_path / "r", data)
+    assert statuses == [2, 2, 2] and out == ""  # one of them says it
+    assert err == "main_synco.py: error: --batch-size 8 is not divisible by a node's 3 processes\n"
+    assert os.listdir(tmp_path) == []
 
 
 def refused(run, message, folder=None):
@@ -551,14 +552,12 @@ def test_an_unreadable_image_is_named(data, tmp_path, program, workers):
     assert err.startswith(f"main_synco.py: error: {tmp_path}/d/train/c1/3.jpg: ")
 
 
-def test_an_unreadable_image_under_torchrun(data, tmp_path):
+def test_an_unreadable_image_is_named_by_one_process(data, tmp_path):
     shutil.copytree(data, tmp_path / "d")
     (tmp_path / "d" / "train" / "c1" / "3.jpg").write_bytes(b"torn")
-    run = command(
-        "torchrun", "--nproc-per-node", "2", "main_synco.py", *SMALL, "--save-dir", tmp_path / "r", tmp_path / "d"
-    )
-    assert run.returncode == 1
-    assert run.stderr.count("main_synco.py: error: ") == 1 and "c1/3.jpg: cannot be read as an image" in run.stderr
+    statuses, _, err = program_of(2, "main_synco", *SMALL, "--save-dir", tmp_path / "r", tmp_path / "d")
+    assert statuses == [2, 2]
+    assert err.count("main_synco.py: error: ") == 1 and "c1/3.jpg: cannot be read as an image" in err
 
 
 def test_bad_checkpoints(undisturbed, data, tmp_path, program):
