@@ -42,8 +42,10 @@ class Counted:
 
     def __init__(self):
         self.received = 0
-        self.all_to_all, self.all_gather = dist.all_to_all_single, dist.all_gather_into_tensor
-        dist.all_to_all_single, dist.all_gather_into_tensor = self.exchanged, self.gathered
+        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        self.all_to_all, self.all_gather = dist.all_to_all_single, getattr(dist, gather)
+        dist.all_to_all_single = self.exchanged
+        setattr(dist, gather, self.gathered)
 
     def exchanged(self, output, input, output_split_sizes, input_split_sizes):
         others = sum(output_split_sizes) - output_split_sizes[dist.get_rank()]

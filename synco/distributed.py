@@ -156,7 +156,9 @@ def gather(x: Tensor) -> Tensor:
     if not dist.is_initialized():
         return x
     everyone = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(everyone, x.contiguous())
+    # newer versions of torch warn of the older name
+    collect = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    collect(everyone, x.contiguous())
     return everyone
 
 
