@@ -5,16 +5,18 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same with and without GPUs; before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run side by side, and each of them is small
 
-import contextlib
 import functools
 import importlib
 import pathlib
 import pickle
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -59,6 +61,13 @@ def data(tmp_path_factory):
     make_images(folder / "val", classes=3, images=2, seed=1)
     make_images(folder / "val", classes=1, images=3, seed=2)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data, tmp_path_factory):
+    """A pretraining of two epochs of three steps through the real command line → (folder, CompletedProcess)."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return folder, command("main_synco.py", *SMALL, "--knn-freq", 1, "--save-dir", folder, data)
 
 
 def as_the_programs_own():
@@ -195,21 +204,20 @@ def free_port():
 
 def command(*words, env=None, timeout=300):
     """Run a command from the repository's root → CompletedProcess with its texts."""
-    cleaned = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
     words = [str(word) for word in words]
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     elif words[0].endswith(".py"):
         words[:0] = [sys.executable]
     return subprocess.run(
-        words, cwd=ROOT, env={**cleaned, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        words, cwd=ROOT, env={**without_launcher(), **(env or {})}, capture_output=True, text=True, timeout=timeout
     )
 
 
 def forkserver():
     """The context of processes that are forks of one helper, which has imported, once, what takes seconds."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision", "pytest"])
+    context.set_forkserver_preload(["torchvision", "torch.utils.tensorboard", "pytest"])
     return context
 
 
@@ -244,38 +252,72 @@ def _process(rank, world_size, port, function, args):
     return result
 
 
-def program_of(world_size, name, *flags):
-    """A script in as many processes, as torchrun starts them but for the launcher → ([exit status], stdout, stderr)."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        given = (world_size, port, folder, name, [str(flag) for flag in flags])
-        ranks = [forkserver().Process(target=_program, args=(rank, *given)) for rank in range(world_size)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(120)
-            rank.kill()  # one that hangs
-            rank.join()
-        statuses = [rank.exitcode for rank in ranks]
-        texts = {kind: "".join(path.read_text() for path in sorted(pathlib.Path(folder).glob(f"*.{kind}")))
-                 for kind in ("out", "err")}  # fmt: skip
-    return statuses, texts["out"], texts["err"]
+class Fork:
+    """python PATH FLAGS, in a fork of the helper instead of a new Python; to be used as a Popen that gives text.
+
+    Its environment is env alone, and it leads a session of its own.
+    """
+
+    def __init__(self, path, *flags, env):
+        with tempfile.TemporaryDirectory() as folder:
+            pipes = [f"{folder}/{name}" for name in ("stdout", "stderr")]
+            for pipe in pipes:
+                os.mkfifo(pipe)
+            self.process = forkserver().Process(target=_run_program, args=(path, list(map(str, flags)), env, pipes))
+            self.process.start()
+            self.stdout, self.stderr = (open(pipe) for pipe in pipes)  # waits for the program to open them, too
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def kill(self):
+        self.process.kill()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=120):
+        """(the rest of its stdout, of its stderr), once it has ended; killed when the time is over."""
+        timer = threading.Timer(timeout, os.killpg, (self.pid, signal.SIGKILL))
+        timer.start()
+        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+            texts = tuple(pool.map(lambda stream: stream.read(), (self.stdout, self.stderr)))
+        self.process.join()
+        timer.cancel()
+        return texts
 
 
-def _program(rank, world_size, port, folder, name, flags):
-    from synco.exits import exit_with
-    from synco.launch import launch_status
-
-    mp.current_process()._config.pop("tempdir", None)  # the helper's, too, and a program that fails removes its own
+def _run_program(path, flags, env, pipes):
+    for number, pipe in enumerate(pipes, start=1):
+        os.dup2(os.open(pipe, os.O_WRONLY), number, inheritable=True)
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    mp.current_process()._config.pop("tempdir", None)  # the helper's, too, and a program that ends removes its own
+    tempfile.tempdir = None  # to be looked up anew
     torch.set_num_threads(1)
-    place = (rank, world_size, rank, world_size, "localhost", port)
-    os.environ.update({variable: str(value) for variable, value in zip(LAUNCHERS, place, strict=True)})
-    module = importlib.import_module(name)
-    sys.argv = [f"{name}.py", *flags]
-    with (
-        open(f"{folder}/{rank}.out", "w") as out,
-        open(f"{folder}/{rank}.err", "w") as err,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        exit_with(launch_status, getattr(module, WORKERS[name]), module.parse)
+    sys.argv = [str(path), *flags]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def without_launcher():
+    """The environment, less what a launcher of these tests has set."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+
+
+def start_ranks(world_size, name, *flags):
+    """A script in as many processes, with the environment that torchrun gives them → [its Fork]."""
+    port = free_port()
+    places = [map(str, (rank, world_size, rank, world_size, "localhost", port)) for rank in range(world_size)]
+    environments = [without_launcher() | dict(zip(LAUNCHERS, place, strict=True)) for place in places]
+    return [Fork(ROOT / f"{name}.py", *flags, env=env) for env in environments]
+
+
+def program_of(world_size, name, *flags):
+    """Start its ranks and wait for them → ([exit status], stdout, stderr)."""
+    ranks = start_ranks(world_size, name, *flags)
+    outs, errors = zip(*(rank.communicate() for rank in ranks))
+    return [rank.returncode for rank in ranks], "".join(outs), "".join(errors)

@@ -36,13 +36,6 @@ def equal(a, b):
     return same and all(torch.equal(x["momentum_buffer"], y["momentum_buffer"]) for x, y in momentum)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    """A run of two epochs through the real command line → (folder, CompletedProcess)."""
-    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return folder, command("main_synco.py", *SMALL, "--knn-freq", "1", "--save-dir", folder, data)
-
-
 def test_a_run(undisturbed, data):
     folder, run = undisturbed
     assert run.returncode == 0 and run.stderr == ""
@@ -207,19 +200,18 @@ def test_save_freq_and_keep(data, tmp_path, program):
 
 
 def test_spawn_and_torchrun_are_the_same_run(undisturbed, data, tmp_path):
+    """torchrun's part is its environment here; test_survival.py and test_slurm.py have the whole of it."""
     flags = [*SMALL, "--knn-freq", "2", data]
     url = f"tcp://localhost:{free_port()}"
     published = f"--dist-url {url} --multiprocessing-distributed --world-size 1 --rank 0 --nproc-per-node 2".split()
     spawn = command("main_synco.py", *published, "--save-dir", tmp_path / "spawn", *flags, env={"OMP_NUM_THREADS": "1"})
     assert spawn.returncode == 0 and spawn.stderr == "", spawn.stderr
-    torchrun = command(
-        "torchrun", "--nproc-per-node", "2", "main_synco.py", "--save-dir", tmp_path / "torchrun", *flags
-    )
-    assert torchrun.returncode == 0, torchrun.stderr
-    for run in (spawn, torchrun):
-        assert "world size         2" in run.stdout and "batch per process  4" in run.stdout
-        assert run.stdout.count("kNN after 0 epochs") == 1  # rank 0 alone speaks
-        first = next(line for line in run.stdout.splitlines() if line.startswith("kNN after 0"))
+    statuses, out, err = program_of(2, "main_synco", "--save-dir", tmp_path / "torchrun", *flags)
+    assert statuses == [0, 0], err
+    for printed in (spawn.stdout, out):
+        assert "world size         2" in printed and "batch per process  4" in printed
+        assert printed.count("kNN after 0 epochs") == 1  # rank 0 alone speaks
+        first = next(line for line in printed.splitlines() if line.startswith("kNN after 0"))
         assert first in undisturbed[1].stdout  # the same start, and the accuracy of one process
     assert equal(final(tmp_path / "spawn"), final(tmp_path / "torchrun"))
     # every process draws views, shuffles and synthesises from the one seed of the command line
@@ -312,7 +304,7 @@ def test_a_length_in_steps(undisturbed, data, tmp_path, program):
     [
         "--mask-same-image --warmup-epochs 0 --knn-freq 1 --knn-train --save-best",
         "--optimizer adamw --lr 1e-3 --wd 0.1 --clip-grad 0.5 --lr-warmup-epochs 1 --lr-warmup 1e-6 --lr-min 1e-5",
-        "--symmetric --aug-heavy -a resnet18 --stem cifar --stats cifar10 --crop-scale 0.08,1",
+        "--symmetric --aug-heavy -a resnet18 --stem cifar --img-size 16 --stats cifar10 --crop-scale 0.08,1",
     ],
 )
 def test_extras_resume_exactly(data, tmp_path, program, flags):

@@ -269,26 +269,27 @@ def test_scancel_requeues_nothing(repository):
     assert (job.returncode, requeued(repository)) == (-signal.SIGTERM, "")
 
 
-def newest(repository):
-    """The number of the last epoch that a checkpoint in run/ is named after, -1 without any."""
-    return max((int(path.name[11:15]) for path in repository.glob("run/checkpoint_0*.pth.tar")), default=-1)
-
-
-def test_a_real_run_is_stopped_and_goes_on(repository, data):
-    """torchrun and the program are the real ones: two processes are told, and a second start goes on from there."""
+def test_a_real_run_is_stopped_and_goes_on(repository, data, monkeypatch, programs, signal_after):
+    """torchrun and the program are the real ones, two processes are told; what a second start starts goes on."""
     torchrun = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
     program(repository / "bin", "torchrun", torchrun)
-    env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "NPROC": "2"}
     flags = [*SMALL, "--epochs", 2000, "--keep", 2]
-    for restarts in range(2):
-        before = newest(repository)
-        job = start(repository, "pretrain_1node.sbatch", data, "run", *flags, SLURM_RESTART_COUNT=str(restarts), **env)
-        for _ in range(1200):
-            if newest(repository) > before or job.poll() is not None:
-                break
-            time.sleep(0.1)
-        job.send_signal(signal.SIGUSR1)
-        out, err = job.communicate(timeout=120)
-        assert job.returncode == 1 and newest(repository) > before, err
-        assert requeued(repository) == "requeue 1234567\n" * (restarts + 1), err
-        assert ("resumed" in out) == bool(restarts)
+    job = start(repository, "pretrain_1node.sbatch", data, "run", *flags, NPROC="2")
+    for _ in range(1200):
+        if (repository / "run" / "checkpoint_0000.pth.tar").exists() or job.poll() is not None:
+            break
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1 and "world size         2" in out and "resumed" not in out, err
+    assert requeued(repository) == "requeue 1234567\n", err
+    assert (repository / "run" / "preempted.json").exists()
+
+    program(repository / "bin", "torchrun", "printf '%s\\n' \"$@\"")
+    job = start(repository, "pretrain_1node.sbatch", data, "run", *flags, SLURM_RESTART_COUNT="1", NPROC="2")
+    words = job.communicate(timeout=60)[0].splitlines()
+    assert job.returncode == 0
+    monkeypatch.chdir(repository)
+    signal_after(1)
+    status, out, err = programs("main_synco", *words[words.index("main_synco.py") + 1 :])
+    assert status == 75 and "resumed  " in out, err

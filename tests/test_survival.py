@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ARCH, LAUNCHERS, ROOT, SMALL, command, processes
+from conftest import ARCH, ROOT, SMALL, processes, program_of, start_ranks, without_launcher
 
 from benchmarks import survival as interrupted
 from synco import checkpoint, files, loader, metrics
@@ -26,10 +26,9 @@ TUNING = [*TRIAL, "--weights", "finetune", "--lr-backbone", "0.02", "--lr-classi
 
 
 @pytest.fixture(scope="module")
-def calm(data, tmp_path_factory):
-    """An undisturbed pretraining of two epochs of three steps → its folder."""
-    folder = tmp_path_factory.mktemp("calm") / "r"
-    run = command("main_synco.py", *SMALL, "--knn-freq", 1, "--save-dir", folder, data)
+def calm(undisturbed):
+    """The undisturbed pretraining's folder."""
+    folder, run = undisturbed
     assert run.returncode == 0, run.stderr
     return str(folder)
 
@@ -100,72 +99,90 @@ def test_a_trial_stops_and_goes_on(data, pretrained, tmp_path, calm_trials, prog
 # ------------------------------------------------------------------------------------- several processes, real ends
 
 
+def flags_of(place, folder):
+    """The flags of a pretraining in this folder that goes on by itself, as two processes have them from a launcher."""
+    return interrupted.words("pretraining", str(place / "data"), str(folder))[2:]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Data of 60 images, with an undisturbed run of two gloo processes on it → the folder of both."""
     folder = tmp_path_factory.mktemp("several")
     interrupted.make_data(str(folder / "data"), each=20)
-    interrupted.finish(interrupted.words("pretraining", str(folder / "data"), str(folder / "calm"), 2), folder / "out")
+    statuses, _, err = program_of(2, "main_synco", *flags_of(folder, folder / "calm"))
+    assert statuses == [0, 0], err
     return folder
 
 
-def test_two_processes_killed_and_warned_end_identical(place):
-    """First SIGKILL to all while the first checkpoints are written, then SIGTERM to all, as schedulers do."""
-    folder = str(place / "r")
-    words = interrupted.words("pretraining", str(place / "data"), folder, 2)
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        run = interrupted.start(words, place / "r.txt")
-        before = os.listdir(folder) if os.path.exists(folder) else []
-        while not any(name not in before for name in (os.listdir(folder) if os.path.exists(folder) else [])):
-            assert run.poll() is None
-            time.sleep(0.01)
-        while number == signal.SIGTERM and "Epoch" not in (place / "r.txt").read_text().rpartition("resumed")[2]:
-            time.sleep(0.01)
-        os.killpg(run.pid, number)
-        assert run.wait(60) == (75 if number == signal.SIGTERM else -9)
-    interrupted.finish(words, place / "r.txt")
-    assert interrupted.differences(str(place / "calm"), folder) == []
+def wait_for(path, *running):
+    """Until this file is there, which these processes write."""
+    while not os.path.exists(path):
+        assert {one.poll() for one in running} == {None}
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def killed(place):
+    """The same, as SIGKILL to both and their workers leaves it, while they write their first checkpoints → folder."""
+    ranks = start_ranks(2, "main_synco", *flags_of(place, place / "killed"))
+    wait_for(place / "killed" / WITHIN, *ranks)
+    for one in ranks:
+        os.killpg(one.pid, signal.SIGKILL)
+    for one in ranks:
+        one.communicate()
+        assert one.returncode == -signal.SIGKILL
+    return place / "killed"
+
+
+def test_two_processes_killed_and_warned_end_identical(place, killed):
+    """After the SIGKILL a SIGTERM, to the launcher and all its processes, as schedulers do."""
+    folder, printed = str(place / "r"), place / "r.txt"
+    shutil.copytree(killed, folder)
+    run = interrupted.start(interrupted.words("pretraining", str(place / "data"), folder, 2), printed)
+    while "Epoch" not in printed.read_text().rpartition("resumed")[2]:
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 75 and "resumed  " in printed.read_text()
     assert interrupted.left_behind(folder, run.pid) == []
+    statuses, _, err = program_of(2, "main_synco", *flags_of(place, folder))
+    assert statuses == [0, 0] and interrupted.differences(str(place / "calm"), folder) == [], err
 
 
-def test_torchrun_restarts_a_run_whose_rank_was_killed(place):
+def ranks_of(run, folder):
+    """{rank: process id} of the processes that torchrun has started."""
+    ranks = [pid for pid in interrupted.left_behind(folder) if interrupted.state(pid)[1] == run.pid]
+    texts = {pid: pathlib.Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks}
+    return {rank: pid for rank in range(2) for pid in ranks if b"\0RANK=%d\0" % rank in texts[pid]}
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed_but_none_that_was_preempted(place):
     """Without --resume auto: that the folder holds this very run, torchrun's own store tells."""
-    folder = str(place / "restarted")
+    folder, printed = str(place / "restarted"), place / "restarted.txt"
     words = interrupted.words("pretraining", str(place / "data"), folder, 2, torchrun=True)
     words.remove("--resume")
     words.remove("auto")
-    run = interrupted.start(words, place / "restarted.txt")
-    while not os.path.exists(os.path.join(folder, WITHIN)):
+    run = interrupted.start(words, printed)
+    wait_for(os.path.join(folder, WITHIN), run)
+    first = ranks_of(run, folder)
+    os.kill(first[1], signal.SIGKILL)
+    while "Epoch" not in printed.read_text().partition("resumed  ")[2]:
         assert run.poll() is None
-        time.sleep(0.02)
-    ranks = [pid for pid in interrupted.left_behind(folder) if interrupted.state(pid)[1] == run.pid]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGKILL)
-    assert run.wait(120) == 0, (place / "restarted.txt").read_text()
-    assert (place / "restarted.txt").read_text().count("resumed   ") == 1
-    assert interrupted.differences(str(place / "calm"), folder) == []
-
-
-def test_a_preempted_worker_is_not_tried_again(place):
-    folder = str(place / "preempted")
-    run = interrupted.start(
-        interrupted.words("pretraining", str(place / "data"), folder, 2, torchrun=True), place / "preempted.txt"
-    )
-    while not os.path.exists(os.path.join(folder, WITHIN)):
-        assert run.poll() is None
-        time.sleep(0.02)
-    ranks = [pid for pid in interrupted.left_behind(folder) if interrupted.state(pid)[1] == run.pid]
-    other = [pid for pid in ranks if b"\0RANK=1\0" in pathlib.Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(other[0], signal.SIGUSR1)
+        time.sleep(0.01)
+    second = ranks_of(run, folder)
+    assert first.keys() == second.keys() == {0, 1} and not set(first.values()) & set(second.values())
+    os.kill(second[1], signal.SIGUSR1)
     assert run.wait(120) == 1
-    out = (place / "preempted.txt").read_text()
-    assert "exitcode  : 75" in out and "Told to stop: " in out and "resumed  " not in out
-    marker = json.loads((place / "preempted" / "preempted.json").read_text())
+    out = printed.read_text()
+    assert "exitcode  : 75" in out and "Told to stop: " in out and out.count("resumed  ") == 1
+    marker = json.loads((place / "restarted" / "preempted.json").read_text())
     assert marker["step"] > 0 and marker["signal"] == "SIGUSR1"  # which rank 0 has not heard itself
+    statuses, _, err = program_of(2, "main_synco", *flags_of(place, folder))
+    assert statuses == [0, 0] and interrupted.differences(str(place / "calm"), folder) == [], err
 
 
 def started(path, *flags):
-    env = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | {"PYTHONPATH": str(ROOT)}
+    env = without_launcher() | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, str(path), *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
@@ -175,15 +192,11 @@ def started(path, *flags):
 # --------------------------------------------------------------------------------------- processes, loading workers
 
 
-def test_another_number_of_processes_goes_on_with_the_images_that_are_left(place, tmp_path, program):
+def test_another_number_of_processes_goes_on_with_the_images_that_are_left(place, killed, tmp_path, program):
     """Of a checkpoint of two processes within an epoch: allowed, and said, if a step still takes as many images."""
-    folder, data = str(tmp_path / "r"), str(place / "data")
-    run = interrupted.start(interrupted.words("pretraining", data, folder, 2), tmp_path / "out")
-    while not os.path.exists(os.path.join(folder, WITHIN)):
-        time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    flags = interrupted.words("pretraining", data, folder)[2:]
+    folder = str(tmp_path / "r")
+    shutil.copytree(killed, folder)
+    flags = flags_of(place, folder)
     status, out, err = program(*flags)
     assert status == 0, err
     assert "processes          2 → 1: the same images in each step, but not the same numbers" in out
