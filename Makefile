@@ -17,7 +17,7 @@ demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 	$(if $(GPU),$(BIN)/python -m pytest tests/gpu,$(DRY))
 
 # the checks themselves are tested, but for what takes long

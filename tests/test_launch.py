@@ -38,6 +38,8 @@ def parse():
     return args
 
 def run(process, args):
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        args.fail = ""  # what torchrun starts again goes well
     if args.workers:
         batches = iter(loader.eval_loader(range(1000), 2, process=process, workers=args.workers))
         next(batches)
@@ -69,12 +71,12 @@ def launch(tmp_path):
     temporary = tempfile.mkdtemp(dir="/tmp")  # of a short path: it holds sockets
     (tmp_path / "temporary").symlink_to(temporary)
 
-    def run(*flags, torchrun=0, env=None, wait=True, fresh=False):
+    def run(*flags, torchrun=0, restarts=0, env=None, wait=True, fresh=False):
         """fresh: in a new Python, as users start it, where it matters what a program leaves behind of its own."""
         env = without_launcher() | {"PYTHONPATH": str(ROOT), "TMPDIR": temporary} | (env or {})
         if torchrun or fresh:
-            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {torchrun}".split() if torchrun else []
-            words = [sys.executable, *launcher, str(path), *map(str, flags)]
+            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {torchrun} --max-restarts {restarts}"
+            words = [sys.executable, *(launcher.split() if torchrun else []), str(path), *map(str, flags)]
             started = subprocess.Popen(
                 words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
             )
@@ -119,7 +121,8 @@ def test_spawn(launch):
 
 
 def test_torchrun(launch):
-    status, out, _ = launch(torchrun=2)
+    """It ends well even where it had to start the processes again."""
+    status, out, _ = launch("--fail", "kill", "--on", 1, torchrun=2, restarts=1)
     assert status == 0
     assert out == [f"rank {r} of 2, local {r} of 2, cpu, sum 2, word 0" for r in range(2)]
 
