@@ -15,6 +15,7 @@ model_best_lincls.pth.tar, result.json, per_class.csv, config.json, log.jsonl an
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -106,5 +107,7 @@ def parse():
     return args
 
 
+main = partial(launch, probe, parse)  # what synco-lincls calls where this is installed
+
 if __name__ == "__main__":
-    launch(probe, parse)
+    main()

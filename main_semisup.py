@@ -17,8 +17,8 @@ class-balanced draw. Writes checkpoint_semisup.pth.tar (the last epoch), model_b
 per_class.csv, config.json, log.jsonl and TensorBoard files.
 """
 
-import functools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ def train(process: distributed.Process, args) -> None:
     folder = default_folder(args, folder)
     run = Run(process, args, flags().kinds, run_files("semisup"), save_dir=folder, evaluate=args.evaluate)
     precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
-    choose = functools.partial(labelled, args=args, seed=run.seed)
+    choose = partial(labelled, args=args, seed=run.seed)
     task = Classifier(run, args, precision, frozen=not finetune, choose=choose)
     if args.evaluate:
         return task.evaluate()
@@ -141,5 +141,7 @@ def parse():
     return args
 
 
+main = partial(launch, train, parse)  # what synco-semisup calls where this is installed
+
 if __name__ == "__main__":
-    launch(train, parse)
+    main()

@@ -13,12 +13,12 @@ On one GPU, or on a CPU for trying it out (torchrun --nproc-per-node N works too
     --knn-freq 1 --save-dir runs/try FOLDER
 
 DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE; or it is where the data set lies that --dataset
-names (and --download fetches). Writes checkpoint_0000.pth.tar ..., config.json,
-log.jsonl and TensorBoard files.
+names (and --download fetches). Writes checkpoint_0000.pth.tar ..., config.json, log.jsonl and TensorBoard files.
 """
 
 import inspect
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -324,5 +324,7 @@ def parse():
     return args
 
 
+main = partial(launch, pretrain, parse)  # what synco-pretrain calls where this is installed
+
 if __name__ == "__main__":
-    launch(pretrain, parse)
+    main()
