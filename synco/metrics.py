@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +17,8 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from synco import distributed, files
+import synco
+from synco import distributed, files, track
 from synco.errors import UserError
 
 
@@ -182,7 +185,9 @@ def _unmasked_mean(logits):
 
 
 class Log:
-    """JSON lines and TensorBoard in one folder; both hold the same numbers. Other ranks' logs write nothing.
+    """JSON lines and TensorBoard in one folder, and perhaps a tracker: all hold the same numbers.
+
+    Other ranks' logs write nothing.
 
     Steps count those done: 0 before the first. Lines and points beyond `steps_done` are dropped: a resumed run writes
     them again.
@@ -190,6 +195,7 @@ class Log:
 
     def __init__(self, folder: str, *, steps_done: int = 0, active: bool = True) -> None:
         self.active, self.kept = active, []  # the lines that stay
+        self.tracker: track.Tracker | None = None
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
@@ -205,6 +211,26 @@ class Log:
         except OSError as error:
             raise UserError(f"{path}: the log cannot be read or written ({error.strerror or error})") from error
 
+    def track(self, name: str, settings: dict, stored: object) -> None:
+        """Give what is written from now on to a tracker, too, under the name of the run's "save_dir" in its settings.
+
+        stored: the `tracked` of the checkpoint that the run goes on from. Where its log goes on, so does its run in the
+        tracker; in a new folder both are new.
+        """
+        known = isinstance(stored, dict) and stored.get("name") == name and isinstance(stored.get("id"), str)
+        self.tracker = track.Tracker(
+            name,
+            os.path.dirname(self.path),
+            title=os.path.basename(os.path.abspath(settings["save_dir"])),
+            settings=settings,
+            run_id=stored["id"] if known and self.kept else None,
+        )
+
+    @property
+    def tracked(self) -> dict | None:
+        """The run in the tracker, {"name", "id"}, for the checkpoint; None without one."""
+        return {"name": self.tracker.name, "id": self.tracker.id} if self.tracker and self.tracker.id else None
+
     def write(self, kind: str, step: int, **numbers: float | None) -> None:
         """One line {"kind", "step", "time", numbers...}; all but the epoch go to TensorBoard as kind/name.
 
@@ -216,6 +242,8 @@ class Log:
         self.waiting += json.dumps(line).encode() + b"\n"
         self._write_waiting()
         self._show(lambda board: [board.add_scalar(f"{kind}/{k}", v, step) for k, v in numbers.items() if k != "epoch"])
+        if self.tracker:
+            self.tracker.log(kind, step, numbers)
 
     def _write_waiting(self):
         end = os.fstat(self.lines.fileno()).st_size
@@ -251,17 +279,19 @@ class Log:
                 os.fsync(self.lines.fileno())
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all of them."""
         if self.active:
             if self.waiting:
                 self._write_waiting()
             self.lines.close()
             self._show(lambda board: board.close())
+        if self.tracker:
+            self.tracker.close()
 
 
 def log_files(folder: str) -> list[str]:
     """The files that a `Log` in this folder has written."""
-    patterns = ("log.jsonl", "events.out.tfevents.*")
+    patterns = ("log.jsonl", "events.out.tfevents.*", track.FILE)
     return [path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(folder), pattern))]
 
 
@@ -300,8 +330,23 @@ def device_name(device: torch.device) -> str:
 
 def origin() -> dict:
     """The command line and the versions of Python and the packages, to be stored with what they made."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # a class of torch's own
+    versions |= {"torchvision": torchvision.__version__, "synco": _version()}
     return {"command": shlex.join(sys.argv), "versions": versions}
+
+
+@functools.cache
+def _version():
+    """This package's version and, in a clone, the commit, with "-dirty" where its files differ from that."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    words = ["git", "--no-optional-locks", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        if os.path.exists(os.path.join(root, ".git")):  # not that of a repository in which an environment lies
+            commit = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            return f"{synco.__version__}, commit {commit}"
+    except (OSError, subprocess.SubprocessError):  # no git, or a clone of another user's
+        pass
+    return synco.__version__
 
 
 def duration(seconds: float) -> str:

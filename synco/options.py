@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 
 from synco.errors import UserError
+from synco.track import TRACKERS, tracker
 
 # mean and standard deviation of a data set's training images, in [0, 1]: what images are normalised with
 STATS = {
@@ -305,6 +306,7 @@ def add_run(parser: Parser, *, epochs: int, batch_size: int, save_dir: str | Non
     free("--save-minutes", default=0.0, type=number(float, 0, LONGEST), help="minutes between such saves; 0: none")
     free("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
     free("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
+    free("--track", type=tracker, metavar="NAME", help=f"give the log to a tracker, too: {', '.join(TRACKERS)}")
     free(
         "--seed", type=number(int, 0, 2**32 - 1), help="of every random draw (unset: one is drawn, printed and stored)"
     )

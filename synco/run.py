@@ -41,14 +41,8 @@ class Run:
         evaluate: bool = False,
     ) -> None:
         self.process, self.args, self.kinds = process, args, kinds
-        self.folder = RunFolder(
-            args.save_dir or save_dir,
-            args.log_dir,
-            run_files,
-            overwrite=args.overwrite,
-            keep=getattr(args, "keep", 0),
-            restarted=process.restarted,
-        )
+        policy = {"overwrite": args.overwrite, "keep": getattr(args, "keep", 0), "restarted": process.restarted}
+        self.folder = RunFolder(args.save_dir or save_dir, args.log_dir, run_files, **policy)
         find = self.folder.find_to_evaluate if evaluate else self.folder.find
         self.path, self.saved = find(args.resume)
         self.before = self.saved["config"] if self.saved else {}
@@ -97,8 +91,10 @@ class Run:
         self.first_epoch = self.epoch
         if process.rank == 0:
             self._begin_files(facts, changes)
-        self.saved = None  # its memory
         self._log = metrics.Log(self.folder.log_path, steps_done=self.done, active=process.rank == 0)
+        if args.track and process.rank == 0:
+            self._log.track(args.track, self.config | self.origin, (self.saved or {}).get("tracker"))
+        self.saved = None  # its memory
         evaluations = [line for line in self._log.kept if line["kind"] != "train"]
         has_best = os.path.exists(self.folder.file(self.folder.files.best))
         self.evaluations, self.has_best = distributed.from_rank_0((evaluations, has_best))
@@ -159,9 +155,10 @@ class Run:
         """Rank 0's part of `begin`: the folders, what is printed, config.json."""
         folder, path, process = self.folder, self.path, self.process
         facts = facts | {"device": metrics.device_name(process.device), "world_size": process.world_size}
-        facts |= {"batch_per_process": self.batches.batch_sampler.batch_size}
-        facts |= {"global_batch": self.config["global_batch"]}
+        batch = self.batches.batch_sampler.batch_size
+        facts |= {"batch_per_process": batch, "global_batch": batch * process.world_size}
         facts |= {"steps_per_epoch": self.steps_per_epoch, "seed": self.seed}
+        self.origin = facts | metrics.origin()
         folder.prepare(path)
         if path and not folder.files.numbered and not folder.checkpoints():
             folder.bring_along(path, within=self.start > 0)
@@ -176,7 +173,7 @@ class Run:
             if changes:
                 metrics.print_facts({"changed": "; ".join(changes)})
         if not path or self.epoch < self.last_epoch:  # else config.json stays what it says of the run
-            files.write_json(folder.file(CONFIG), self.config | facts | metrics.origin())
+            files.write_json(folder.file(CONFIG), self.config | self.origin)
 
     def _print_if_changed(self, name, consequence):
         before, now = self.before.get(name), self.config.get(name)
@@ -317,7 +314,8 @@ class Run:
             "steps_per_epoch": self.steps_per_epoch,
             "averages": averages,
             "skipped": sorted(self.reader.unreadable),
-            "config": self.config,
+            "config": self.config | {"origin": self.origin},
+            **({"tracker": self._log.tracked} if self._log.tracked else {}),
             **self.results(),
         }
         content["state_dict"] = checkpoint.prefixed(content["state_dict"])
@@ -336,6 +334,7 @@ class Run:
         heard = next(filter(None, distributed.from_all(signals.warned())), None)  # perhaps by one process alone
         if self.process.rank == 0:
             self.folder.mark_preempted(heard, self.done, name)
+        self._log.close()
         self.agreement.meet()
         raise Preempted(f"Told to stop: {self.folder.file(name)} holds {self.done} steps.")
 

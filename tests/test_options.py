@@ -78,7 +78,7 @@ SHARED = {
     "weight_decay",
     "schedule": "epochs lr",
     "free": "data download cache_images workers worker_timeout start_epoch batch_size print_freq resume save_dir "
-    "force_resume save_steps save_minutes overwrite log_dir seed skip_bad_images multiprocessing_distributed "
+    "force_resume save_steps save_minutes overwrite log_dir track seed skip_bad_images multiprocessing_distributed "
     "nproc_per_node world_size rank dist_url dist_backend gpu dist_timeout peer_timeout",
 }
 CLASSIFIER = {"free": "pretrained evaluate val_freq eval_train save_confusion"}
