@@ -2,11 +2,13 @@
 
   python -m synco.export runs/synco/checkpoint_0199.pth.tar resnet50.pth
   python -m synco.export runs/synco/checkpoint_0199.pth.tar resnet50.safetensors
+  python -m synco.export runs/synco/checkpoint_0199.pth.tar --card card --results runs/synco/*/result.json
 
 CHECKPOINT is a pretraining's (its query encoder is taken), a linear probe's, a fine-tuning's, or a file of torchvision
 weights. The backbone is compared with torchvision's network, name by name and shape by shape. OUT.pth is a plain state
 dict, which torch.load(OUT, weights_only=True) reads; OUT.safetensors, for which safetensors must be installed, carries
-the checkpoint's name of the network, epoch and SHA-256 in its metadata.
+the checkpoint's name of the network, epoch and SHA-256 in its metadata. --card writes a folder that timm loads (timm
+must be installed), whose README.md says what the backbone is: method, data, recipe, results, and where it comes from.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from synco import backbone, checkpoint, files, metrics, networks, options
+from synco import backbone, card, checkpoint, files, metrics, networks, options
 from synco.errors import UserError
 from synco.launch import command
 
@@ -30,22 +32,38 @@ def parse() -> argparse.Namespace:
     """The command line of `python -m synco.export`."""
     parser = options.Parser(__doc__)
     parser.prog = "python -m synco.export"
-    add_arguments(parser, output="OUT", suffixes=SUFFIXES)
+    add_arguments(parser, output="OUT", suffixes=SUFFIXES, required=False)
     parser.add_argument("--with-head", action="store_true", help="the head too, under its own names (fc.0.weight ...)")
-    return parser.parse_args()
+    parser.add_argument("--card", metavar="FOLDER", help="write a model card there, in place of OUT")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="FILE", help="with --card: the checkpoint's result.json files"
+    )
+    args = parser.parse_args()
+    if args.output is None and args.card is None:
+        parser.error("the following arguments are required: OUT, or --card FOLDER")
+    if args.card is not None and (args.output is not None or args.with_head):
+        parser.error(f"--card {args.card}: goes without OUT and --with-head")
+    if args.results and args.card is None:
+        parser.error("--results goes with --card FOLDER")
+    return args
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, output: str, suffixes: tuple[str, ...]) -> None:
-    """From which checkpoint to which file; output: what --help calls that file."""
+def add_arguments(
+    parser: argparse.ArgumentParser, *, output: str, suffixes: tuple[str, ...], required: bool = True
+) -> None:
+    """From which checkpoint to which file; output: what --help calls that file; required: whether it must be given."""
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="checkpoint of SynCo or MoCo, or a torchvision network's weights")
-    flag("output", metavar=output, help=f"file to write, {' or '.join(suffixes)}, in a folder that is there")
+    kind = f"file to write, {' or '.join(suffixes)}, in a folder that is there"
+    flag("output", metavar=output, nargs=None if required else "?", help=kind)
     flag("-a", "--arch", type=options.architecture, help="torchvision network, where the checkpoint does not name it")
     flag("--force", action="store_true", help="write over an output file that is there")
 
 
 def run(args: argparse.Namespace) -> None:
     """Load the backbone, write it, tell what was written."""
+    if args.card is not None:
+        return write_card(args)
     check_output(args, SUFFIXES)
     if args.output.endswith(".safetensors") and importlib.util.find_spec("safetensors") is None:
         raise UserError(f"{args.output}: safetensors is not installed; pip install safetensors, or write a .pth")
@@ -60,6 +78,17 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.output}: cannot be written ({error.strerror})") from error
     facts |= {"tensors": len(tensors), "size": size_in_words(tensors.values()), "written": args.output}
     metrics.print_facts(facts)
+
+
+def write_card(args: argparse.Namespace) -> None:
+    """Write the model card that --card asks for, tell what was written."""
+    card.check_folder(args.card, force=args.force)
+    network, head, saved = load(args.checkpoint, args.arch)
+    facts = origin(saved, args.checkpoint)
+    digest = facts["checkpoint_sha256"]
+    results = card.read_results(args.results, args.checkpoint, digest)
+    card.write(args.card, network, head, saved, card.describe(args.card, args.checkpoint, saved, digest, results))
+    metrics.print_facts(facts | {"results": len(results), "written": args.card})
 
 
 def check_output(args: argparse.Namespace, suffixes: tuple[str, ...]) -> None:
@@ -79,7 +108,7 @@ def load(path: str, arch: str | None = None, stem: str | None = None) -> tuple[n
 
     path: a pretraining's checkpoint, a classifier's, or torchvision weights; arch, stem: the network's name and stem,
     wanted where the file does not say. The network's head has 1,000 outputs and is untrained; the dict has an `arch`,
-    a `stem` and its `stats` in any case.
+    a `stem`, its `stats` and an `img_size` in any case.
     Raises UserError if the file is no such checkpoint, or of another network, or does not say of which.
     """
     saved = checkpoint.load(path)
@@ -99,7 +128,7 @@ def load(path: str, arch: str | None = None, stem: str | None = None) -> tuple[n
     if not weights.keys() & network.state_dict().keys():
         raise UserError(f"{path}: has no backbone: neither a pretraining's encoder_q.* nor the names of a {arch}")
     backbone.load_backbone(network, head, weights, path)
-    return network, head, saved | {"arch": arch, "stem": settings["stem"], "stats": settings["stats"]}
+    return network, head, saved | {"arch": arch} | settings
 
 
 def architecture(saved: dict[str, Any], path: str, arch: str | None) -> str:

@@ -1,0 +1,226 @@
+"""A model card: a folder from which timm loads a backbone, and which says what it is and where it comes from."""
+
+import importlib.util
+import os
+import tempfile
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from synco import checkpoint, files, metrics, networks, options
+from synco.errors import UserError, one_line
+
+WEIGHTS, CONFIG, README = FILES = ("model.safetensors", "config.json", "README.md")
+# the settings of a run that a card lists, as far as the checkpoint has them
+DATA = "dataset data train_images limit_images hold_out img_size stats".split()
+RECIPE = (
+    "epochs steps global_batch processes optimizer lr momentum weight_decay cos schedule lr_min lr_warmup_epochs "
+    "clip_grad aug_plus aug_heavy blur crop_scale mlp moco_dim moco_k moco_m moco_t symmetric mask_same_image stem "
+    "bn_splits sync_bn amp n_hard n1 n2 n3 n4 n5 n6 alpha beta gamma sigma delta eta warmup_epochs cooldown_epochs seed"
+).split()
+# what the result of a program is called, by a part of the program's name
+RESULTS = {"lincls": "linear probe", "semisup": "training on labels"}
+
+
+def check_folder(folder: str, *, force: bool) -> None:
+    """Raise UserError unless a card can be written there: in no or an empty folder, with `force` over another card."""
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--card {folder}: is not a folder")
+    beside = os.path.dirname(os.path.abspath(folder))
+    if not os.path.isdir(beside):
+        raise UserError(f"--card {folder}: there is no folder {beside}")
+    held = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    strange = [name for name in held if name not in FILES]
+    if strange:
+        raise UserError(f"--card {folder}: holds {strange[0]}, which is no part of a card; give another folder")
+    if held and not force:
+        raise UserError(f"--card {folder}: holds a card already; --force writes over it")
+    for name in ("timm", "safetensors"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--card {folder}: {name} is not installed; pip install '.[timm]'")
+    files.check_writable(folder)
+
+
+def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any]]:
+    """The results in these files, which must be of the checkpoint `path`, whose SHA-256 is the digest.
+
+    Raises UserError that names a file which is of another checkpoint, or no result.json.
+    """
+    results = []
+    for name in paths:
+        if not os.path.isfile(name):
+            raise UserError(f"--results {name}: no such file")
+        result = files.read_json(name)
+        if not isinstance(result.get("top1"), float) or "checkpoint_sha256" not in result:
+            raise UserError(f"--results {name}: is not a result.json of main_lincls.py or main_semisup.py")
+        if result["checkpoint_sha256"] != digest:
+            other = f"{result.get('checkpoint')}, SHA-256 {str(result['checkpoint_sha256'])[:12]}..."
+            raise UserError(f"--results {name}: is of another checkpoint ({other}) than {path} ({digest[:12]}...)")
+        results.append(result)
+    return results
+
+
+def write(folder: str, network: nn.Module, head: str, saved: dict[str, Any], text: str) -> None:
+    """Write the card of a network's backbone: weights and configuration as timm reads them, and the text.
+
+    network, head, saved: from `export.load`. Before it is there timm has loaded it, and computed the same features.
+    Raises UserError if timm has no such network, or the folder cannot be written; nothing is left then.
+    """
+    import safetensors.torch  # an optional package, used for such files alone
+
+    weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head + ".")}
+    config = timm_config(weights, saved)
+    try:
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(folder)), prefix=".card-") as made:
+            with files.atomic_write(os.path.join(made, WEIGHTS)) as file:
+                file.write(safetensors.torch.save(weights, {"format": "pt"}))
+            files.write_json(os.path.join(made, CONFIG), config)
+            with files.atomic_write(os.path.join(made, README)) as file:
+                file.write(text.encode(errors="replace"))
+            check_features(made, network, head, saved)
+            os.makedirs(folder, exist_ok=True)
+            for name in FILES:
+                os.replace(os.path.join(made, name), os.path.join(folder, name))
+    except OSError as error:
+        raise UserError(f"--card {folder}: cannot be written ({error.strerror or error})") from error
+
+
+def timm_config(weights: dict[str, torch.Tensor], saved: dict[str, Any]) -> dict[str, Any]:
+    """What timm must know of a backbone with these weights. Raises UserError if it has no network that they fit."""
+    import timm  # an optional package, used for its networks alone
+
+    name, size = saved["arch"].removeprefix("timm:"), saved["img_size"]
+    if not timm.is_model(name):
+        raise UserError(f"--card: timm has no network {name!r}; the plain file, OUT.pth, is for torchvision's")
+    known = timm.models.get_pretrained_cfg(name)
+    arguments = {"img_size": size} if known and known.fixed_input_size else {}
+    network = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    problem = checkpoint.differences(weights, network.state_dict())
+    if problem:
+        raise UserError(f"--card: timm's {name} is another network: {problem}; write the plain file, OUT.pth")
+    mean, std = options.STATS[saved["stats"]]
+    views = {
+        "input_size": [3, size, size],
+        "mean": mean,
+        "std": std,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+    }
+    views["crop_pct"] = 1.0 if size < 64 else 224 / 256  # as `augment.center_view`
+    theirs = {key: network.pretrained_cfg.get(key) for key in ("classifier", "first_conv", "fixed_input_size")}
+    config = {"architecture": name, "num_classes": 0, "num_features": network.num_features}
+    return config | {"model_args": arguments, "pretrained_cfg": {**theirs, **views, "num_classes": 0}}
+
+
+@torch.no_grad()
+def check_features(folder: str, network: nn.Module, head: str, saved: dict[str, Any]) -> None:
+    """Raise UserError unless what timm loads from the folder computes a network's features, on random images."""
+    import timm
+
+    size = saved["img_size"]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    ours = networks.features(network.eval(), head, images)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(images)
+    if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * ours.abs().max().item()):
+        raise UserError(f"--card: timm's {saved['arch']} computes other features from these weights")
+
+
+def describe(folder: str, path: str, saved: dict[str, Any], digest: str, results: list[dict[str, Any]]) -> str:
+    """The card's README. path, digest: the checkpoint and its SHA-256; saved: from `export.load`."""
+    config = saved["config"]
+    origin = config["origin"] if isinstance(config.get("origin"), dict) else {}
+    versions = origin["versions"] if isinstance(origin.get("versions"), dict) else {}
+    exported = metrics.origin()
+    epochs = f", {saved['epoch']} epochs" if isinstance(saved.get("epoch"), int) else ""
+    size = saved["img_size"]
+    return f"""---
+library_name: timm
+pipeline_tag: image-feature-extraction
+license: cc-by-nc-4.0
+tags:
+- timm
+---
+# {_plain(saved["arch"])}{epochs}
+
+A backbone, which turns images (N, 3, {size}, {size}) into features.
+
+```python
+import timm
+network = timm.create_model({f"local-dir:{folder}"!r}, pretrained=True).eval()
+features = network(images)
+```
+
+`timm.data.create_transform(**timm.data.resolve_model_data_config(network))` makes such images from pictures. Once this
+folder is uploaded, `hf-hub:OWNER/NAME` takes the place of `local-dir:...`.
+
+## Method
+
+{_plain(origin.get("method", origin.get("backbone", "The checkpoint does not say.")))}
+
+## Data
+
+{_table(config, DATA)}
+
+## Recipe
+
+{_table(config, RECIPE)}
+
+## Results
+
+{_results_table(results)}
+
+## Provenance
+
+| | |
+| --- | --- |
+| checkpoint | {_plain(os.path.basename(path))} |
+| SHA-256 | {digest} |
+| made with | {_versions(versions)} |
+| command | {_code(origin.get("command", ""))} |
+| exported with | {_versions(exported["versions"])} |
+| command | {_code(exported["command"])} |
+
+## License
+
+[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), as the program that trained it.
+"""
+
+
+def _plain(value: object) -> str:
+    """A value as text of one line, in which nothing is markup: a file may hold anything."""
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in one_line(str(value)))
+
+
+def _code(value: object) -> str:
+    text = one_line(str(value)).replace("`", "'").replace("|", "\\|")
+    return f"`{text}`" if text else "not recorded"
+
+
+def _table(config, names):
+    known = {name: config[name] for name in names if config.get(name) not in (None, False, "")}
+    if "cos" in known:
+        known.pop("schedule", None)
+    if not known:
+        return "The checkpoint does not say."
+    if "data" in known:  # the folder's name, not where it lies
+        known["data"] = os.path.basename(os.path.abspath(str(known["data"])))
+    return "\n".join(["| setting | |", "| --- | --- |", *(f"| {_plain(k)} | {_plain(v)} |" for k, v in known.items())])
+
+
+def _versions(versions):
+    return _plain(", ".join(f"{name} {version}" for name, version in versions.items())) or "not recorded"
+
+
+def _results_table(results):
+    if not results:
+        return "None were given."
+    lines = ["| | top-1 | top-5 | images | command |", "| --- | --- | --- | --- | --- |"]
+    for result in results:
+        command = str(result.get("command", ""))
+        program = os.path.basename(command.partition(" ")[0])
+        kind = next((words for part, words in RESULTS.items() if part in program), "classifier")
+        top5 = f"{result['top5']:.2f} %" if isinstance(result.get("top5"), float) else ""
+        cells = [kind, f"{result['top1']:.2f} %", top5, _plain(result.get("val_images", "")), _code(command)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

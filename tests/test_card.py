@@ -1,0 +1,165 @@
+"""The model card: timm loads it and computes the same features, it says what the checkpoint says, and refusals."""
+
+import os
+import re
+
+import pytest
+import torch
+from conftest import ARCH, make_pretrained
+
+from synco import export, files
+from synco.networks import features
+
+timm = pytest.importorskip("timm", minversion="1.0.16")
+pytest.importorskip("safetensors")
+
+CONFIG = {"img_size": 64, "stats": "cifar10", "dataset": "imagefolder", "data": "/home/someone/photographs", "lr": 0.25}
+CONFIG |= {"cos": True, "schedule": [120, 160], "moco_t": 0.2, "mlp": True, "symmetric": False, "n1": 7}
+ORIGIN = {"method": "SynCo: 7 | of\nthem", "command": "main_synco.py `x` | 'a b'", "versions": {"torch": "2.6.0"}}
+PARTS = {"model.safetensors", "config.json", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A pretraining's checkpoint, with settings, and one without any → (their folder, the encoder)."""
+    folder = tmp_path_factory.mktemp("trained")
+    encoder = make_pretrained("resnet18", folder / "bare.tar")
+    saved = torch.load(folder / "bare.tar", weights_only=True)
+    torch.save(saved | {"config": CONFIG | {"origin": ORIGIN}}, folder / "ours.tar")
+    result = {"top1": 67.123, "top5": 88.0, "val_images": 500, "command": "main_lincls.py --lr 30"}
+    for name, of in (("mine", "ours.tar"), ("other", "bare.tar")):
+        digest = files.sha256(folder / of)
+        files.write_json(folder / f"{name}.json", result | {"checkpoint": of, "checkpoint_sha256": digest})
+    return folder, encoder
+
+
+@torch.no_grad()
+def test_timm_computes_the_same_features(trained, tool, tmp_path, monkeypatch):
+    """With the lines that the card itself gives."""
+    folder, encoder = trained
+    monkeypatch.chdir(tmp_path)
+    status, out, err = tool(export, folder / "ours.tar", "--card", "a card", "--results", folder / "mine.json")
+    assert (status, err) == (0, "") and files.sha256(folder / "ours.tar") in out
+    assert os.listdir() == ["a card"] and set(os.listdir("a card")) == PARTS
+    [lines] = re.findall("```python\n(.*?)```", open("a card/README.md").read(), re.S)
+    assert len(lines.splitlines()) == 3
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    found = {"images": images}
+    exec(lines, found)
+    assert torch.allclose(found["features"], features(encoder, "fc", images), rtol=1e-4, atol=1e-5)
+    views = timm.data.resolve_model_data_config(found["network"])
+    assert tuple(views["input_size"]) == (3, 64, 64) and tuple(views["mean"]) == (0.4914, 0.4822, 0.4465)
+    assert timm.create_model("local-dir:a card", pretrained=True, num_classes=5).fc.out_features == 5
+
+
+def test_what_it_says(trained, tool, tmp_path):
+    folder, _ = trained
+    assert tool(export, folder / "ours.tar", "--card", tmp_path / "card", "--results", folder / "mine.json")[0] == 0
+    text = (tmp_path / "card" / "README.md").read_text()
+    for line in (
+        "# resnet18, 200 epochs",
+        "SynCo: 7 \\| of\\\\nthem",
+        "| data | photographs |",
+        "| lr | 0.25 |",
+        "| moco\\_t | 0.2 |",
+        "| n1 | 7 |",
+        "| linear probe | 67.12 % | 88.00 % | 500 | `main_lincls.py --lr 30` |",
+        f"| SHA-256 | {files.sha256(folder / 'ours.tar')} |",
+        "| made with | torch 2.6.0 |",
+        "| command | `main_synco.py 'x' \\| 'a b'` |",
+    ):
+        assert line in text.splitlines()
+    assert "license: cc-by-nc-4.0" in text and "symmetric" not in text and "schedule" not in text
+    assert "someone" not in text
+
+
+def test_a_checkpoint_that_says_nothing(trained, tool, tmp_path):
+    """As the published ones."""
+    folder, _ = trained
+    (tmp_path / "card").mkdir()
+    assert tool(export, folder / "bare.tar", "--card", tmp_path / "card")[0] == 0
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert text.count("The checkpoint does not say.") == 3 and "None were given." in text
+    assert "| command | not recorded |" in text and "| made with | not recorded |" in text
+    before = text
+    assert tool(export, folder / "ours.tar", "--card", tmp_path / "card", "--force")[0] == 0
+    assert (tmp_path / "card" / "README.md").read_text() != before
+
+
+@pytest.mark.parametrize("config", [{"origin": 3}, {"origin": {"versions": [1], "method": [2]}}, {"lr": {}, "data": 5}])
+def test_settings_may_be_anything(trained, tool, tmp_path, config):
+    folder, _ = trained
+    torch.save(torch.load(folder / "bare.tar", weights_only=True) | {"config": config}, tmp_path / "x.tar")
+    status, _, err = tool(export, tmp_path / "x.tar", "--card", tmp_path / "card")
+    assert (status, err) == (0, "")
+
+
+def test_a_network_of_timms_own(tool, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("mobilenetv3_small_050", num_classes=1000)
+    state = {f"module.encoder_q.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save(
+        {"arch": "timm:mobilenetv3_small_050", "state_dict": state, "config": {"img_size": 48}}, tmp_path / "x.tar"
+    )
+    assert tool(export, tmp_path / "x.tar", "--card", tmp_path / "card")[0] == 0
+    assert '"architecture": "mobilenetv3_small_050"' in (tmp_path / "card" / "config.json").read_text()
+
+
+def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
+    folder, _ = trained
+    monkeypatch.chdir(tmp_path)
+    make_pretrained(ARCH, tmp_path / "shuffle.tar")
+    saved = torch.load(folder / "bare.tar", weights_only=True)
+    stem = {**saved["state_dict"], "module.encoder_q.conv1.weight": torch.ones(64, 3, 3, 3)}
+    torch.save(saved | {"state_dict": stem, "config": {"stem": "cifar", "img_size": 32}}, "small.tar")
+    os.makedirs("run")
+    for name in ("run/config.json", "run/checkpoint_0000.pth.tar", "file", "none.json"):
+        (tmp_path / name).write_text("{}")
+    assert tool(export, folder / "bare.tar", "--card", "made")[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ours = str(folder / "ours.tar")
+    for words, message in (
+        ([ours, "--card", "run", "--force"], "--card run: holds checkpoint_0000.pth.tar, which is no part of a card"),
+        ([ours, "--card", "made"], "--card made: holds a card already; --force writes over it"),
+        ([ours, "--card", "file"], "--card file: is not a folder"),
+        ([ours, "--card", "no/card"], f"--card no/card: there is no folder {tmp_path}/no"),
+        ([ours, "--card", "new", "--results", "missing.json"], "--results missing.json: no such file"),
+        ([ours, "--card", "new", "--results", "none.json"], "--results none.json: is not a result.json"),
+        (
+            [ours, "--card", "new", "--results", str(folder / "mine.json"), str(folder / "other.json")],
+            f"{folder}/other.json: is of another checkpoint (bare.tar, SHA-256 ",
+        ),
+        (["shuffle.tar", "--card", "new"], f"--card: timm has no network '{ARCH}'"),
+        (["small.tar", "--card", "new"], "--card: timm's resnet18 is another network: of another shape: conv1.weight"),
+        ([ours, "--card", "new", "--with-head"], "--card new: goes without OUT and --with-head"),
+        ([ours, "x.pth", "--card", "new"], "--card new: goes without OUT and --with-head"),
+        ([ours, "x.pth", "--results", "none.json"], "--results goes with --card FOLDER"),
+        ([ours], "the following arguments are required: OUT, or --card FOLDER"),
+    ):
+        status, out, err = tool(export, *words)
+        assert (status, out, err.count("\n")) == (2, "", 1) and message in err, (words, err)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_full_disk_leaves_nothing(trained, tool, tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = tool(export, trained[0] / "ours.tar", "--card", tmp_path / "card")
+    assert (status, err.count("\n")) == (2, 1) and "cannot be written (No space left on device)" in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_features_than_ours_are_refused(trained, tool, tmp_path, monkeypatch):
+    """A network of timm's with the same names that computes something else: here, without its ReLUs."""
+    create = timm.create_model
+
+    def other(*args, **settings):
+        network = create(*args, **settings)
+        network.act1 = torch.nn.Identity()
+        return network
+
+    monkeypatch.setattr(timm, "create_model", other)
+    status, _, err = tool(export, trained[0] / "ours.tar", "--card", tmp_path / "card")
+    assert status == 2 and "computes other features from these weights" in err and os.listdir(tmp_path) == []
