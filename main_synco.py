@@ -8,9 +8,8 @@ On all GPUs of this machine, in the published settings:
 
 On one GPU, or on a CPU for trying it out (torchrun --nproc-per-node N works too):
 
-  python main_synco.py -a resnet18 --img-size 32 --epochs 5 --warmup-epochs 1 -b 128 --moco-k 4096 --n-hard 64 \\
-    --n1 16 --n2 16 --n3 16 --n4 4 --n5 4 --n6 4 --mlp --moco-t 0.2 --aug-plus --cos \\
-    --knn-freq 1 --save-dir runs/try FOLDER
+  python main_synco.py -a resnet18 --img-size 32 --epochs 5 --warmup-epochs 1 -b 128 --moco-k 4096 --method synco \\
+    --mlp --moco-t 0.2 --aug-plus --cos --knn-freq 1 --save-dir runs/try FOLDER
 
 DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE; or it is where the data set lies that --dataset
 names (and --download fetches). Writes checkpoint_0000.pth.tar ..., config.json, log.jsonl and TensorBoard files.
@@ -24,12 +23,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from synco import augment, datasets, distributed, knn, loader, metrics, options
+from synco import augment, datasets, diagnostics, distributed, knn, loader, methods, metrics, options
 from synco.builder import QueueIndex, SynCo
 from synco.errors import UserError
 from synco.folder import RunFiles
 from synco.launch import launch
-from synco.negatives import TYPES
+from synco.negatives import KINDS, TYPES
 from synco.networks import network_errors_as_user_errors, network_of, sync_batch_norm, try_images
 from synco.options import number
 from synco.precision import Precision, compile_encoders
@@ -38,7 +37,7 @@ from synco.run import Run
 FILES = RunFiles("pretraining", ("epoch", "arch", "optimizer"), epoch="checkpoint_{:04}.pth.tar",
                  within="checkpoint_step.pth.tar", best="model_best_knn.pth.tar")  # fmt: skip
 # the model's settings that flags have the names of
-SAME = "n_hard n1 n2 n3 n4 n5 n6 alpha beta gamma sigma delta eta symmetric mask_same_image bn_splits".split()
+SAME = "alpha beta gamma sigma delta eta symmetric mask_same_image bn_splits".split()
 
 
 def pretrain(process: distributed.Process, args) -> None:
@@ -53,8 +52,9 @@ def pretrain(process: distributed.Process, args) -> None:
     model = make_model(args, precision, run.seed, steps=steps, total=total)
     optimizer = make_optimizer(args, model, precision.fused)
     state = {"state_dict": model, "optimizer": optimizer, "scaler": precision}
-    state |= {"queue_index": QueueIndex(model)} if args.mask_same_image else {}
-    run.begin(batches, total, state, facts={"method": method(args, steps, total)}, save_freq=args.save_freq)
+    state["queue_index"] = QueueIndex(model, images=len(batches.dataset.reader))
+    run.begin(batches, total, state, facts={"method": methods.describe(args, steps, total)}, save_freq=args.save_freq)
+    labels = diagnostics.labels_of(run.reader.dataset)  # for the log alone
     learner = distributed.parallel(model, process.device)
     weights = list(model.encoder_q.parameters())
 
@@ -68,9 +68,11 @@ def pretrain(process: distributed.Process, args) -> None:
                 group["lr"] = learning_rate(step.done, steps, args)
 
             with precision.autocast():
-                # logits (N, 1 + K + S), labels (N,)
-                logits, labels = learner(im_q, im_k, step.done / steps, step=step.done, index=index)
-            loss = F.cross_entropy(logits, labels)
+                # logits (N, 1 + K + S), target (N,), all 0
+                logits, target = learner(
+                    im_q, im_k, step.done / steps, step=step.done, index=index, inspect=step.prints
+                )
+            loss = F.cross_entropy(logits, target)
             optimizer.zero_grad()
             norm = precision.backward(loss, optimizer, weights, args.clip_grad)
             precision.step(optimizer)
@@ -78,8 +80,8 @@ def pretrain(process: distributed.Process, args) -> None:
             norms = {"grad_norm": norm} if args.clip_grad else {}
             step.record(loss, norm, **norms, **metrics.contrastive_accuracy(logits, args.moco_k))
             if step.prints:
-                made = dict(zip(TYPES, model.counts_at(step.done / steps)))
-                step.note(**metrics.hardness(logits.detach(), made, K=args.moco_k, T=args.moco_t, n_hard=args.n_hard))
+                counts = dict(zip(KINDS, model.counts_at(step.done / steps)))
+                diagnostics.note(step, logits.detach(), model, counts, labels)
         run.end_epoch(epoch)
     evaluate(run, args, model, monitor, run.last_epoch)
     run.finish()
@@ -171,8 +173,8 @@ def make_model(args, precision: Precision, seed: int, *, steps: int, total: int)
         model = SynCo(
             network_of(args.arch, args.img_size, args.stem),
             **{"dim": args.moco_dim, "K": args.moco_k, "m": args.moco_m, "T": args.moco_t, "mlp": args.mlp},
-            **{name: getattr(args, name) for name in SAME},
-            warmup_epochs=[options.in_epochs(start, steps) for start in warmups(args)],
+            **{name: getattr(args, name) for name in (*methods.FLAGS, *SAME)},
+            warmup_epochs=[options.in_epochs(start, steps) for start in methods.warmups(args)],
             stop_epoch=total / steps - args.cooldown_epochs,
             seed=seed,
         )
@@ -198,34 +200,6 @@ def make_optimizer(args, model: SynCo, fused: bool | None) -> torch.optim.Optimi
         return torch.optim.AdamW(groups, **settings)
     # both encoders' parameters, as in the published checkpoints; the key encoder's get no gradient and so do not move
     return torch.optim.SGD(model.parameters(), momentum=args.momentum, **settings)
-
-
-def counts(args) -> tuple[int, ...]:
-    """How many negatives of each type a query gets."""
-    return tuple(getattr(args, f"n{i}") for i in range(1, len(TYPES) + 1))
-
-
-def warmups(args) -> list:
-    """The six warm-ups, in epochs or steps, see `options.length`."""
-    return args.warmup_epochs if isinstance(args.warmup_epochs, list) else [args.warmup_epochs] * len(TYPES)
-
-
-def method(args, steps: int, total: int) -> str:
-    """The method in words. steps: of an epoch; total: of the run."""
-    active = {name: (count, start) for name, count, start in zip(TYPES, counts(args), warmups(args)) if count}
-    if not active:
-        return "MoCo (no synthetic negatives)"
-    name = "MoCHi" if active.keys() <= {"interpolated", "mixed"} else "SynCo"
-    kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in active.items())
-    starts = {start for _, start in active.values()}
-    each = ", ".join(f"{start} ({kind})" for kind, (_, start) in active.items())
-    end = total / steps - args.cooldown_epochs
-    when = f"from epoch {each if len(starts) > 1 else starts.pop()} on"
-    when += f", before epoch {end:g}" if args.cooldown_epochs else ""
-    if end <= min(options.in_epochs(start, steps) for _, start in active.values()):
-        when = "in no epoch: all are warm-up or cool-down"
-    made = f"made from the {args.n_hard} hardest of {args.moco_k} queue rows"
-    return f"{name}: {sum(counts(args))} synthetic negatives a query ({kinds}), {made}, {when}"
 
 
 def pair_grid(im_q: torch.Tensor, im_k: torch.Tensor, stats: str, pairs: int = 8) -> torch.Tensor:
@@ -279,9 +253,7 @@ def flags() -> options.Parser:
     identity("--mlp", action="store_true", help="two-layer head, as in MoCo v2")
     identity("--symmetric", action="store_true", help="each view is query and key in turn; takes twice the queue rows")
     identity("--mask-same-image", action="store_true", help="a query's own image in the queue is no negative of it")
-    identity("--n-hard", default=model["n_hard"], type=number(int, 1), help="hardest queue rows to draw from")
-    for i, name in enumerate(TYPES, 1):
-        identity(f"--n{i}", default=model[f"n{i}"], type=number(int, 0), help=f"{name} negatives a query")
+    methods.add_flags(parser, model)
     for name, kind, meaning in (
         ("alpha", number(float, high=1, above=0), "type 1: weight of the query ~ U(0, alpha)"),
         ("beta", number(float, above=1), "type 2: extrapolation ~ U(1, beta)"),
@@ -299,10 +271,14 @@ def flags() -> options.Parser:
 
 def parse():
     """The flags of the command line, checked."""
-    args = flags().parse_args()
+    parser = flags()
+    args = parser.parse_args()
+    if args.preset:
+        parser.set_defaults(**methods.preset(args.preset, args.moco_k))
+        args = parser.parse_args()
     for wrong, message in (
-        (any(counts(args)) and args.n_hard > args.moco_k, f"--n-hard {args.n_hard} is larger than the queue: --moco-k "
-         f"is {args.moco_k}"),
+        (any(methods.counts(args)) and args.n_hard > args.moco_k, f"--n-hard {args.n_hard} is larger than the queue: "
+         f"--moco-k is {args.moco_k}"),
         (args.blur and not (args.aug_plus or args.aug_heavy), "--blur goes with --aug-plus or --aug-heavy: MoCo v1's "
          "augmentation has none"),
         (args.sync_bn and args.bn_splits > 1, f"--sync-bn and --bn-splits {args.bn_splits} contradict each other"),

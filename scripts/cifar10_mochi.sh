@@ -26,5 +26,5 @@ esac
 exec python "$(dirname "$(realpath "$0")")/../main_synco.py" ${dataset[@]+"${dataset[@]}"} \
     -a resnet18 --stem cifar --epochs 200 --lr 0.06 --batch-size 512 --wd 5e-4 --momentum 0.9 --cos --bn-splits 8 \
     --moco-k 4096 --moco-m 0.99 --moco-t 0.1 --aug-plus --crop-scale 0.08,1 \
-    --n-hard 64 --n1 8 --n2 0 --n3 64 --n4 0 --n5 0 --n6 0 --warmup-epochs 10 \
+    --method mochi --warmup-epochs 10 \
     --knn-freq 10 --keep 2 --resume auto --save-dir "$save_dir" "$data" "$@"

@@ -26,5 +26,5 @@ esac
 exec python "$(dirname "$(realpath "$0")")/../main_synco.py" ${dataset[@]+"${dataset[@]}"} \
     -a resnet18 --stem cifar --epochs 200 --lr 0.06 --batch-size 512 --wd 5e-4 --momentum 0.9 --cos --bn-splits 8 \
     --moco-k 4096 --moco-m 0.99 --moco-t 0.1 --aug-plus --crop-scale 0.08,1 \
-    --n-hard 64 --n1 16 --n2 16 --n3 16 --n4 4 --n5 4 --n6 4 --warmup-epochs 10 \
+    --method synco --warmup-epochs 10 \
     --knn-freq 10 --keep 2 --resume auto --save-dir "$save_dir" "$data" "$@"

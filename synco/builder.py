@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -17,6 +18,22 @@ from synco.networks import head_name, replace, split_batch_norm
 _SYNTHESIS = inspect.signature(synthesize).parameters  # the one place of its settings' defaults
 
 
+@dataclass
+class Inspection:
+    """What the logits of one step were made of, for `diagnostics`: N queries, S synthetic negatives of each.
+
+    No later step writes to these tensors; `sources` has, of each kind of negative that there was, the queue rows that
+    it was made from, see `negatives.synthesize`.
+    """
+
+    k: torch.Tensor  # (N, C) the positives
+    queue: torch.Tensor  # (K, C) as the queries met it
+    queue_index: torch.Tensor  # (K,) the number of each row's image, -1: unknown
+    index: torch.Tensor | None  # (N,) those of the queries' images
+    synthetic: torch.Tensor | None = None  # (N, S, C)
+    sources: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
 class SynCo(nn.Module):
     """MoCo v2 (arXiv 2003.04297) with synthetic hard negatives (SynCo, arXiv 2410.02401).
 
@@ -25,7 +42,8 @@ class SynCo(nn.Module):
     dim: width C of the embedding; K: rows of the queue; m: momentum of the key encoder, in [0, 1];
     T: temperature, > 0; mlp: a two-layer head as in MoCo v2 in place of a linear one.
     n_hard: hardest queue rows to draw from; n1 ... n6: negatives of each of `negatives.TYPES` a query gets, all 0
-    for plain MoCo; alpha, beta, gamma, sigma, delta, eta: see `negatives.synthesize`.
+    for plain MoCo; n_copied: of the control, which begins with the first of them; alpha, beta, gamma, sigma,
+    delta, eta: see `negatives.synthesize`.
     Synthesis is on while warmup_epochs <= epoch < stop_epoch (None: to the end); six warm-ups are one for each type.
     symmetric: each view is query and key in turn, see `forward`.
     mask_same_image: a query's own image is no negative of it; `forward` then wants the images' numbers.
@@ -34,9 +52,9 @@ class SynCo(nn.Module):
 
     Raises ValueError that names the value when a setting is out of range.
 
-    Buffers: `queue` (K, C), unit rows from the start, and `queue_ptr` (1,), the row that is overwritten next; with
-    mask_same_image `queue_index` (K,), the number of each row's image, -1 where it is of none. That one is not in the
-    state dict, whose names are the published ones.
+    Buffers: `queue` (K, C), unit rows from the start; `queue_ptr` (1,), the row that is overwritten next; `queue_index`
+    (K,), the number of each row's image, -1 where it is not known. That one is not in the state dict, whose names are
+    the published ones.
     """
 
     def __init__(
@@ -55,6 +73,7 @@ class SynCo(nn.Module):
         n4: int = 64,
         n5: int = 64,
         n6: int = 64,
+        n_copied: int = 0,
         alpha: float = _SYNTHESIS["alpha"].default,
         beta: float = _SYNTHESIS["beta"].default,
         gamma: float = _SYNTHESIS["gamma"].default,
@@ -69,7 +88,7 @@ class SynCo(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.counts = (n1, n2, n3, n4, n5, n6)
+        self.counts = (n1, n2, n3, n4, n5, n6, *[n_copied] * (n_copied != 0))
         several = "six numbers " if isinstance(warmup_epochs, (list, tuple)) else ""
         starts = tuple(warmup_epochs) if several else (warmup_epochs,) * len(TYPES)
         for name, value, good, wanted in (
@@ -77,7 +96,8 @@ class SynCo(nn.Module):
             ("K", K, K >= 1, ">= 1"),
             ("m", m, 0 <= m <= 1, "in [0, 1]"),
             ("T", T, T > 0, "> 0"),
-            *((f"n{i}", n, n >= 0, ">= 0") for i, n in enumerate(self.counts, 1)),
+            *((f"n{i}", n, n >= 0, ">= 0") for i, n in enumerate(self.counts[: len(TYPES)], 1)),
+            ("n_copied", n_copied, n_copied >= 0, ">= 0"),
             ("n_hard", n_hard, not any(self.counts) or 1 <= n_hard <= K, f"in 1..{K}, the queue's rows"),
             ("alpha", alpha, 0 < alpha <= 1, "in (0, 1]"),
             ("beta", beta, beta > 1, "> 1"),
@@ -111,14 +131,15 @@ class SynCo(nn.Module):
 
         self.register_buffer("queue", F.normalize(torch.randn(K, dim), dim=1))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-        if mask_same_image:
-            self.register_buffer("queue_index", torch.full((K,), -1), persistent=False)
+        self.register_buffer("queue_index", torch.full((K,), -1), persistent=False)
+        self.inspection = None  # of the last step, if it was asked for
 
     def counts_at(self, epoch: float | None) -> tuple[int, ...]:
-        """How many negatives of each type a query gets at this epoch (int, fraction, or None: synthesise)."""
+        """How many negatives of each of `negatives.KINDS` a query gets at this epoch (None: synthesise)."""
         if epoch is None:
             return self.counts
-        return tuple(n if start <= epoch < self.stop_epoch else 0 for n, start in zip(self.counts, self.starts))
+        starts = (*self.starts, min(self.starts))
+        return tuple(n if start <= epoch < self.stop_epoch else 0 for n, start in zip(self.counts, starts))
 
     def forward(
         self,
@@ -128,13 +149,15 @@ class SynCo(nn.Module):
         *,
         step: int | None = None,
         index: torch.Tensor | None = None,
+        inspect: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One training step's logits; moves the key encoder and puts the keys into the queue.
 
         im_q, im_k: two views of each of N images, (N, 3, H, W); epoch: see `counts_at`; step: seeds the draws
-        (None: one more than the last); index (N,): the images' numbers >= 0, for mask_same_image.
+        (None: one more than the last); index (N,): the images' numbers >= 0, for mask_same_image and `queue_index`;
+        inspect: keep an `Inspection` of this step in `self.inspection`, which else is None.
         Returns logits (N, 1 + K + S) / T: the positive, the queue, the synthetic negatives in the order of
-        `negatives.TYPES`; and labels (N,), all 0. With mask_same_image the queue rows of a query's own image have -inf.
+        `negatives.KINDS`; and labels (N,), all 0. With mask_same_image the queue rows of a query's own image have -inf.
         Symmetric: (2N, 1 + K + S) and (2N,), first with im_q's queries and im_k's keys, then the other way round; all
         2N meet the queue as it was, so cross-entropy is the mean of the two losses.
         Raises ValueError if the keys of all processes outnumber the queue, or mask_same_image lacks `index`.
@@ -157,15 +180,17 @@ class SynCo(nn.Module):
             raise ValueError(f"the keys of a step are {len(keys)} and the queue has {self.K} rows")
 
         slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K  # computed on the device
-        own = index.repeat(len(ways)) if self.mask_same_image else None
+        numbers = None if index is None else index.repeat(len(ways))  # of each row of q
+        self.inspection = Inspection(k, self.queue.clone(), self.queue_index.clone(), numbers) if inspect else None
+        own = numbers if self.mask_same_image else None
         generator = torch.Generator(q.device).manual_seed(distributed.seed_of("negatives", self.seed, step, rank))
         logits = self.logits(q, k, slots, self.counts_at(epoch), generator, own)
         labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
 
         self.queue.index_copy_(0, slots, keys)
         self.queue_ptr.copy_((slots[-1:] + 1) % self.K)
-        if self.mask_same_image:
-            self.queue_index.index_copy_(0, slots, distributed.gather(index).repeat(len(ways)))
+        new = torch.full_like(slots, -1) if index is None else distributed.gather(index).repeat(len(ways))
+        self.queue_index.index_copy_(0, slots, new)
         return logits, labels
 
     def logits(
@@ -189,7 +214,12 @@ class SynCo(nn.Module):
             hard = hardest(similarity, self.n_hard)  # (N, n_hard)
             if index is not None:
                 hard = self._others(hard, index)
-            return synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator)  # (N, S, C)
+            seen = self.inspection
+            sources = seen.sources if seen else None
+            made = synthesize(q, self.queue, hard, counts, **self.ranges, generator=generator, sources=sources)
+            if seen:
+                seen.synthetic = made
+            return made  # (N, S, C)
 
         with full_precision(q.device):
             # a division of (N, C) instead of one of the logits
@@ -305,17 +335,24 @@ def update_ema(slow: nn.Module, fast: nn.Module, m: float) -> None:
 
 
 class QueueIndex:
-    """A model's `queue_index` as a part of a run's state that is kept beside the published state dict."""
+    """A model's `queue_index` as a part of a run's state that is kept beside the published state dict.
 
-    def __init__(self, model: SynCo) -> None:
-        self.index = model.queue_index
+    images: how many there are.
+    """
+
+    def __init__(self, model: SynCo, images: int) -> None:
+        self.index, self.is_needed, self.images = model.queue_index, model.mask_same_image, images
 
     def state_dict(self) -> torch.Tensor:
         """(K,) the number of each row's image."""
         return self.index
 
     def load_state_dict(self, index: torch.Tensor) -> None:
-        """Raises ValueError if there is none, or one of another shape."""
-        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.shape != self.index.shape:
-            raise ValueError(f"--mask-same-image: it does not say of which images its {len(self.index)} rows are")
+        """Raises ValueError if that is nothing of the kind, or there is none ({}) and rows are masked by it."""
+        if isinstance(index, dict) and not index and not self.is_needed:
+            return  # a checkpoint of another program, or from before the queue kept them
+        fits = isinstance(index, torch.Tensor) and index.dtype == torch.int64 and index.shape == self.index.shape
+        if not fits or index.min() < -1 or index.max() >= self.images:
+            why = "--mask-same-image: " if self.is_needed else ""
+            raise ValueError(f"{why}it does not say of which images its {len(self.index)} rows are")
         self.index.copy_(index)

@@ -1,4 +1,4 @@
-"""What a run tells: averages that stay on the device, diagnostics of the negatives, TensorBoard, JSON lines."""
+"""What a run tells: averages that stay on the device, TensorBoard, JSON lines."""
 
 import contextlib
 import errno
@@ -64,6 +64,33 @@ class Averages:
         except (TypeError, LookupError, AttributeError) as error:
             raise ValueError("its averages are not the averages of a run") from error
         self.sums, self.steps = dict(zip(names, mine.to(device).unbind())), steps
+
+
+class Notes:
+    """Numbers of one print step, all read from the device at once."""
+
+    def __init__(self) -> None:
+        self.numbers, self.counts = {}, []
+
+    def add(self, **numbers: torch.Tensor) -> None:
+        """numbers: 0-dim tensors."""
+        self.numbers |= numbers
+
+    def count(self, function: Callable[..., dict[str, float]], *tables: torch.Tensor) -> None:
+        """function: what the host makes of these tables, tensors of whole numbers on the device → {name: number}."""
+        self.counts.append((function, tables))
+
+    def read(self) -> dict[str, float]:
+        """{name: number} of all."""
+        tensors = [*self.numbers.values(), *(table for _, tables in self.counts for table in tables)]
+        if not tensors:
+            return {}
+        host = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu()  # which holds them exactly
+        host = iter(host.split([tensor.numel() for tensor in tensors]))
+        found = {name: next(host).item() for name in self.numbers}
+        for function, tables in self.counts:
+            found |= function(*(next(host).view(table.shape).long() for table in tables))
+        return found
 
 
 class Finite:
@@ -147,41 +174,6 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tens
 def ranked(logits: torch.Tensor) -> torch.Tensor:
     """A classifier's five best classes, best first: logits (N, C) → (N, min(5, C))."""
     return logits.topk(min(5, logits.shape[1]), dim=1).indices
-
-
-@torch.no_grad()
-def hardness(
-    logits: torch.Tensor, counts: dict[str, int], *, K: int, T: float, n_hard: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """How hard the negatives are, by kind.
-
-    logits (N, 1 + K + S): positive, queue (-inf where a row is masked), synthetic negatives, divided by T;
-    counts: {type name: negatives a query}.
-    Returns {"similarity/KIND": mean similarity to the query, "mass/KIND": share of the softmax mass}, 0-dim tensors,
-    for the kinds "positive", "queue", "hardest" (the n_hard hardest queue rows, or all if there are fewer), and each
-    type with a count > 0.
-    """
-    mass = logits.softmax(dim=1)  # (N, 1 + K + S)
-    top, where = logits[:, 1 : 1 + K].topk(min(n_hard, K), dim=1)
-    kinds = {
-        "positive": (logits[:, 0].mean() * T, mass[:, 0].mean()),
-        "queue": (_unmasked_mean(logits[:, 1 : 1 + K]) * T, mass[:, 1 : 1 + K].sum(dim=1).mean()),
-        "hardest": (_unmasked_mean(top) * T, mass.gather(1, 1 + where).sum(dim=1).mean()),
-    }
-    start = 1 + K
-    for name, count in counts.items():
-        if count:
-            part = slice(start, start + count)
-            kinds[name] = (logits[:, part].mean() * T, mass[:, part].sum(dim=1).mean())
-            start += count
-    return {
-        f"{what}/{name}": value for name, pair in kinds.items() for what, value in zip(("similarity", "mass"), pair)
-    }
-
-
-def _unmasked_mean(logits):
-    masked = logits == -torch.inf
-    return logits.masked_fill(masked, 0).sum() / (~masked).sum()
 
 
 class Log:

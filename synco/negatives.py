@@ -5,12 +5,17 @@ Source: SynCo, arXiv 2410.02401, sec. 3; types 1 and 3 are MoCHi's, arXiv 2010.0
 The six functions are formulas only: they draw nothing, take any float dtype, and return unit rows that are constants
 for the gradient, written to `out` if it is given; torch.lerp(a, b, w) is a + w * (b - a). `synthesize` does the
 drawing. N queries, S negatives a query, C dimensions, K rows in the queue.
+
+Beside the six types there is a control, no part of SynCo: hard negatives as they are, over again. They add the weight
+of synthetic negatives without the synthesis.
 """
 
 import torch
 import torch.nn.functional as F
 
 TYPES = ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")
+CONTROL = "copied"
+KINDS = (*TYPES, CONTROL)  # in the order of counts and columns
 
 
 def _unit(x):
@@ -123,35 +128,34 @@ def synthesize(
     delta=0.01,
     eta=0.01,
     generator=None,
+    sources=None,
 ):
     """Draw hard rows and coefficients, and make the synthetic negatives of every query.
 
     Rows are drawn from `hard` uniformly, with replacement, independently for each negative and type.
 
     q (N, C) unit rows; queue (K, C) unit rows; hard (N, n_hard) row indices from `hardest`;
-    counts: six integers, how many negatives of each of `TYPES` a query gets.
-    alpha, beta, gamma: upper ends of the coefficients' ranges U(0, alpha), U(1, beta), U(0, gamma);
-    sigma: the noise's standard deviation; delta, eta: step lengths;
-    generator: on q's device; None draws from torch's default one.
-    Returns (N, sum of counts, C), unit rows, in the order of `TYPES`, constant for the gradient.
+    counts: six integers, how many negatives of each of `TYPES` a query gets; a seventh, if any, of the `CONTROL`.
+    alpha, beta, gamma: upper ends of the coefficients' ranges U(0, alpha), U(1, beta), U(0, gamma); sigma: the noise's
+    standard deviation; delta, eta: step lengths; generator: on q's device; None draws from torch's default one;
+    sources: a dict that gets {kind: (N, rows) the queue rows that its negatives were made from}, two a mixed one.
+    Returns (N, sum of counts, C), unit rows, in the order of `KINDS`, constant for the gradient.
     """
-    n1, n2, n3, n4, n5, n6 = counts
-    q = q.detach()
-    N, n_hard = hard.shape
+    n1, n2, n3, n4, n5, n6, n_copied = (*counts, 0)[: len(KINDS)]
+    q, N = q.detach(), len(q)
 
     def uniform(low, high, count):
         return torch.empty(N, count, 1, dtype=q.dtype, device=q.device).uniform_(low, high, generator=generator)
 
     # One draw serves all types; indexing copies, so later enqueues cannot reach the rows.
     draws = (n1, n2, n3, n3, n4, n5, n6)
-    pick = torch.randint(n_hard, (N, sum(draws)), device=q.device, generator=generator)
-    parts = hard.gather(1, pick).split(draws, dim=1)
+    parts = _draw(hard, sum(draws), generator).split(draws, dim=1)
 
     def rows(i):
         return F.embedding(parts[i], queue)  # (N, draws[i], C)
 
     made = q.new_empty(N, sum(counts), q.shape[1])  # each type writes its own part
-    s1, s2, s3, s4, s5, s6 = made.split(counts, dim=1)
+    s1, s2, s3, s4, s5, s6, copied = made.split((n1, n2, n3, n4, n5, n6, n_copied), dim=1)
     if n1:
         interpolated(q, rows(0), uniform(0, alpha, n1), out=s1)
     if n2:
@@ -165,4 +169,21 @@ def synthesize(
         perturbed(q, rows(5), delta, out=s5)
     if n6:
         adversarial(q, rows(6), eta, out=s6)
+    if n_copied:  # drawn last: the six types are what they are without it
+        parts = (*parts, _draw(hard, n_copied, generator))
+        copied.copy_(rows(7))
+    if sources is not None:
+        sources.update(_by_kind(*parts))
     return made
+
+
+def _draw(hard, count, generator):
+    """hard (N, n_hard) → (N, count) of its row indices."""
+    pick = torch.randint(hard.shape[1], (len(hard), count), device=hard.device, generator=generator)
+    return hard.gather(1, pick)
+
+
+def _by_kind(first, second, i, j, *others):
+    """The rows of all draws → {kind: (N, rows)}, of each that there are some of; i, j: those of the mixed ones."""
+    parts = zip(KINDS, (first, second, torch.cat([i, j], dim=1), *others))
+    return {kind: rows for kind, rows in parts if rows.shape[1]}

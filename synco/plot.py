@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from synco.embedding import Map
 
-# column of the tables → (kind of the log's lines, name in them); "train" lines are of a pretraining or of a classifier
+# column of the tables → (kind of the log's lines, name in them); "train" lines are of a pretraining or of a classifier;
+# a name that ends in "/" is the mean over the kinds of synthetic negatives
 PRETRAINING = {
     "loss": ("train", "loss"),
     "acc1": ("train", "acc1"),
@@ -39,6 +40,10 @@ PRETRAINING = {
     "knn_top1": ("knn", "top1"),
     "knn_train_top1": ("knn", "train_top1"),
     "knn_projection_top1": ("knn", "top1_projection"),
+    "own_class_hardest": ("train", "own_class/hardest"),
+    "own_class_queue": ("train", "own_class/queue"),
+    "leakage": ("train", "leakage/"),
+    "cosine": ("train", "cosine/"),
 }
 CLASSIFIER = {
     "train_loss": ("train", "loss"),
@@ -56,6 +61,13 @@ PANELS = (
         "top-1 [%]",
         {"knn_top1": "val", "knn_train_top1": "train", "knn_projection_top1": "val, on the projection"},
     ),
+    (
+        "Real negatives of the query's class",
+        "share",
+        {"own_class_hardest": "the hardest", "own_class_queue": "all, as by chance"},
+    ),
+    ("Synthetic negatives nearer than the positive", "share", {"leakage": "mean of the types"}),
+    ("Their gradient beside the real negatives'", "cosine", {"cosine": "mean of the types"}),
     ("Probe and fine-tuning: loss", "loss [nats]", {"val_loss": "val", "train_loss": "train"}),
     ("Probe and fine-tuning: accuracy", "top-1 [%]", {"val_top1": "val", "train_top1": "train"}),
 )
@@ -234,8 +246,9 @@ def read_run(log: str, label: str) -> Run:
             continue
         before, points = 0, []
         for line in sorted((line for line in lines if line["kind"] == kind), key=lambda line: line["step"]):
-            if is_number(line.get(name)):
-                points.append((line["step"] / steps, line[name], max(line["step"] - before, 1)))
+            found = [line[key] for key in line if key == name or name.endswith("/") and key.startswith(name)]
+            if found and all(map(is_number, found)):
+                points.append((line["step"] / steps, sum(found) / len(found), max(line["step"] - before, 1)))
             before = line["step"]
         if points:
             run.curves[column] = points

@@ -227,8 +227,7 @@ class Run:
             f"data {numbers['data_share']:.0%}  ETA {self.pace.left(self.total - self.done, more)}",
             flush=True,
         )
-        notes = torch.stack(list(step.notes.values())).tolist() if step.notes else []
-        self.log("train", epoch=step.epoch, **numbers, **dict(zip(step.notes, notes)))
+        self.log("train", epoch=step.epoch, **numbers, **step.notes.read())
 
     def _rates(self):
         return {name: group["lr"] for name, group in zip(self.rate_names, self.state["optimizer"].param_groups)}
@@ -368,7 +367,8 @@ class Run:
 class Step:
     """One step: its batch, its place, and what it has to report.
 
-    epoch, i: it is step i of that epoch; done: steps of the whole run before it; batch: as the loader gives it.
+    epoch, i: it is step i of that epoch; done: steps of the whole run before it; batch: as the loader gives it;
+    notes: numbers of a print step for its line in the log.
     """
 
     run: Run
@@ -376,7 +376,7 @@ class Step:
     i: int
     batch: Any
     is_printed: bool
-    notes: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    notes: metrics.Notes = dataclasses.field(default_factory=metrics.Notes)
 
     @property
     def done(self) -> int:
@@ -396,4 +396,4 @@ class Step:
 
     def note(self, **numbers: torch.Tensor) -> None:
         """Numbers of a print step for its line in the log: 0-dim tensors."""
-        self.notes |= numbers
+        self.notes.add(**numbers)

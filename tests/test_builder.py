@@ -68,6 +68,7 @@ def test_state_dict_names_are_the_published_ones():
         ("T", 0.0, "> 0"),
         ("n_hard", 70000, r"in 1\.\.65536"),
         ("n3", -1, ">= 0"),
+        ("n_copied", -1, ">= 0"),
         ("sigma", -0.1, ">= 0"),
         ("alpha", 0.0, r"in \(0, 1\]"),
         ("alpha", 1.1, r"in \(0, 1\]"),
@@ -230,6 +231,62 @@ def test_each_type_begins_at_its_own_epoch():
     for wrong in ((1, 2), (0, 0, 0, -1, 0, 0)):
         with pytest.raises(ValueError, match="warmup_epochs is .*must be six numbers >= 0"):
             small(warmup_epochs=wrong)
+
+
+def test_the_control_comes_with_the_first_of_the_types():
+    model = small(n_copied=5, warmup_epochs=(4, 3, 2, 4, 4, 4), stop_epoch=5)
+    columns = {epoch: model(torch.randn(3, 6), torch.randn(3, 6), epoch)[0].shape[1] for epoch in (1.9, 2, 4, 5, None)}
+    assert columns == {1.9: 21, 2: 21 + 2 + 5, 4: 21 + 9 + 5, 5: 21, None: 21 + 9 + 5}
+    none = {f"n{i}": 0 for i in range(1, 7)}
+    with pytest.raises(ValueError, match=r"n_hard is 21: must be in 1\.\.20"):
+        small(**none, n_copied=1, n_hard=21)
+
+
+def test_the_control_weights_the_hard_rows_as_often_as_they_are_drawn():
+    """With one hard row, n copies of it in the softmax are that row with n + 1 times its weight."""
+    none = {f"n{i}": 0 for i in range(1, 7)}
+    model = small(**none, n_copied=4, n_hard=1).eval()
+    queue, im_q, im_k = model.queue.clone(), torch.randn(3, 6), torch.randn(3, 6)
+    logits, labels = model(im_q, im_k)
+    q = F.normalize(model.encoder_q(im_q), dim=1)
+    weights = torch.ones(3, 20).scatter(1, (q @ queue.T).argmax(dim=1, keepdim=True), 5.0)
+    positive = (logits[:, :1]).exp()
+    expected = -(positive / (positive + (weights * (q @ queue.T / 0.2).exp()).sum(1, keepdim=True))).log().mean()
+    torch.testing.assert_close(F.cross_entropy(logits, labels), expected)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_queue_keeps_its_images_numbers(symmetric):
+    """Masked or not; -1 where nobody said them; and outside of the state dict."""
+    model, times = small(symmetric=symmetric), 1 + symmetric
+    assert model.queue_index.tolist() == [-1] * 20 and "queue_index" not in model.state_dict()
+    expected = []
+    for numbers in ([7, 0, 9], None, [5, 3, 3]):
+        index = None if numbers is None else torch.tensor(numbers)
+        model(torch.randn(3, 6), torch.randn(3, 6), index=index)
+        expected += (numbers or [-1] * 3) * times
+        assert model.queue_index.tolist() == expected + [-1] * (20 - len(expected))
+
+
+def test_an_inspection_is_what_the_step_was_made_of():
+    """And stays it, when the queue has moved on; without being asked for there is none, and nothing else changes."""
+    model, twin = small(symmetric=True, n_copied=2).eval(), small(symmetric=True, n_copied=2).eval()
+    queue, numbers = model.queue.clone(), torch.arange(20)
+    for one in (model, twin):
+        one.queue_index.copy_(numbers)
+    im_1, im_2, index = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([3, 1, 4, 30])
+    logits, _ = model(im_1, im_2, step=5, index=index, inspect=True)
+    seen = model.inspection
+    assert torch.equal(logits, twin(im_1, im_2, step=5, index=index)[0]) and twin.inspection is None
+    assert torch.equal(seen.queue, queue) and torch.equal(seen.queue_index, numbers)
+    assert seen.index.tolist() == 2 * index.tolist()
+    q = F.normalize(model.encoder_q(torch.cat([im_1, im_2])), dim=1)
+    torch.testing.assert_close((q * seen.k).sum(dim=1) / 0.2, logits[:, 0])
+    torch.testing.assert_close(torch.einsum("nc,nsc->ns", q, seen.synthetic) / 0.2, logits[:, 21:])
+    assert torch.equal(seen.synthetic[:, -2:], queue[seen.sources["copied"]])
+    assert not (seen.k.requires_grad or seen.synthetic.requires_grad)
+    model(im_1, im_2, step=6)
+    assert model.inspection is None and torch.equal(seen.queue, queue)
 
 
 def test_masking_equals_a_plain_loop():

@@ -1,30 +1,31 @@
-"""The study on CIFAR-10, with networks and images that are small enough for a test: what it runs, gathers and says."""
+"""The study of CIFAR-10, on the tests' images: that it runs, goes on, and says what its runs have measured."""
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 import types
 
+import numpy as np
 import pytest
 from conftest import ARCH, ROOT
 
-from benchmarks.cifar10 import study
+from benchmarks.cifar10 import report, study
 from synco import options
+from synco.negatives import KINDS, TYPES
 
 TINY = study.Scale(
     common=f"-a {ARCH} --img-size 32 -j 0 -b 8",
     pretrain="--epochs 2 --moco-k 64 --moco-dim 16 --mlp --knn-freq 1 --knn-k 5 --warmup-epochs 0 --keep 1 -p 3",
-    counts={"mocov2": (16, 0, 0, 0, 0, 0, 0), "mochi": (16, 2, 0, 4, 0, 0, 0), "synco": (16, 4, 3, 2, 2, 2, 1)},
-    probe="--epochs 1 --lr 1 --val-freq 0",
-    semi=dict.fromkeys(study.PERCENTS, "--epochs 1 --lr-backbone 0.01 --lr-classifier 0.1 -b 2"),
-    hold_out=6,
-    candidates={"a queue of 64": ("mocov2", ""), "a queue of 32": ("synco", "--moco-k 32 --epochs 1")},
-    trials={"probe, lr 2": ("probe", "--lr 2"), "1 %, less": ("semi1", "--lr-backbone 0.001")},
-    why="Small.",
+    evaluations={
+        "probe": "main_lincls.py --epochs 1 --lr 1 --val-freq 0",
+        "semi10": "main_semisup.py --train-percent 10 --epochs 1 --lr-backbone 0.01 --lr-classifier 0.1 -b 2",
+    },
 )
 
 
@@ -70,43 +71,51 @@ def small(monkeypatch, data, tmp_path, programs):
 
 def test_a_study(small, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    flags = ["--methods", "mocov2,noisy-alone,synco,random", "--seeds", "0,1"]
+    flags = ["--methods", "mocov2,noisy-alone,copied,synco,random", "--seeds", "0,1"]
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
-        small(*flags, fail_at=9)
+        small(*flags, fail_at=7)
     started = small(*flags)
-    assert len(started) == 6 + 8 * 3 - 9, "what is done is not done again"
+    assert len(started) == 2 * 2 + 8 * 3 - 7, "what is done is not done again"
     with open(tmp_path / "cpu.json") as file:
         found = json.load(file)
     assert [(run["method"], run["seed"]) for run in found["runs"]] == [
-        (method, seed) for method in ("random", "mocov2", "synco", "noisy-alone") for seed in (0, 1)
+        (method, seed) for method in ("random", "mocov2", "copied", "synco", "noisy-alone") for seed in (0, 1)
     ]
     for run in found["runs"]:
         folder = tmp_path / "runs" / f"{run['method']}-{run['seed']}"
-        for name in ("probe", "semi1", "semi10"):
+        for name in ("probe", "semi10"):
             with open(folder / name / "result.json") as file:
                 assert run[name] == json.load(file)["last"]["top1"]
-        images = {"val": 7, "probe": 24, "semi1": 3, "semi10": 3}  # of each class at least one
-        assert run["images"] == images | ({} if run["method"] == "random" else {"pretrain": 24})
         if run["method"] == "random":
             assert run["knn"] == found["runs"][2 + run["seed"]]["curve"][0][1]
             continue
         assert run["minutes"] == 1.5 and [epoch for epoch, _, _ in run["curve"]] == [0, 1, 2]
-        assert run["curve"][-1][1:] == [run["knn"], run["knn_projection"]]
-        kinds = {name.removeprefix("mass/") for name in run["hardness"][-1] if name.startswith("mass/")}
-        extra = {"mocov2": set(), "synco": set(study.TYPES), "noisy-alone": {"noisy"}}[run["method"]]
-        assert kinds == {"positive", "queue", "hardest"} | extra
+        assert run["curve"][-1][1:] == [run["knn"], run["knn_projection"]] and run["train_images"] == 24
+        last = run["negatives"][-1]
+        kinds = {name.removeprefix("mass/") for name in last if name.startswith("mass/")}
+        made = {"mocov2": set(), "synco": set(TYPES), "noisy-alone": {"noisy"}, "copied": {"copied"}}[run["method"]]
+        assert last["epoch"] == 2 and kinds == {"positive", "queue", "hardest"} | made
+        with open(folder / "pretrain" / "log.jsonl") as file:
+            lines = [line for line in map(json.loads, file) if line["kind"] == "train" and line["epoch"] == 1]
+        mean = statistics.mean(line["own_class/hardest"] for line in lines)
+        assert len(lines) == 2 and last["own_class/hardest"] == pytest.approx(mean, abs=6e-5)
     with open(tmp_path / "cpu.png", "rb") as file:
         assert file.read(4) == b"\x89PNG"
 
     text = (tmp_path / "README.md").read_text()
-    gpu, _, cpu = text.partition("## On a CPU")
-    assert "Not measured. The command:" in gpu and "Not measured" not in cpu
+    small_part, _, rest = text.partition("## On a CPU")
+    cpu, _, gpu = rest.partition("## On a GPU")
+    assert "Not measured. The command:" in gpu and "Not measured" not in cpu and "Not measured" in small_part
+    command = "--scale cpu --methods random,mocov2,copied,synco,noisy-alone --seeds 0,1 --dataset imagefolder DATA"
     for told in (
-        "| SynCo, noisy alone | 2 |", "Small.", "lossy if they are JPEG", "took 1.5 minutes", study.table(found),
-        "--methods random,mocov2,synco,noisy-alone --seeds 0,1 --dataset imagefolder DATA", study.verdicts(found),
-        "24 for pretraining and kNN, 24 for the probe, 3 and 3 with labels for fine-tuning, 7 to validate",
-    ):  # fmt: skip
+        "| noisy alone | 2 |",
+        "took 1.5 minutes",
+        report.accuracies(found),
+        command,
+        report.differences(found),
+    ):
         assert told in cpu
+    assert report.negatives(found) in cpu and "| copied: copied |" in cpu and "probe: main_lincls.py" in cpu
 
     # a run that ended before its last evaluation is not done
     log = tmp_path / "runs" / "synco-1" / "pretrain" / "log.jsonl"
@@ -122,91 +131,81 @@ def test_a_study(small, tmp_path, monkeypatch, capsys):
             run | ({"minutes": 3.0} if (run["method"], run["seed"]) == ("synco", 1) else {}) for run in found["runs"]
         ]
 
-    monkeypatch.setitem(study.SCALES, "cpu", dataclasses.replace(TINY, probe="--epochs 2 --lr 1"))
+    monkeypatch.setitem(study.SCALES, "cpu", dataclasses.replace(TINY, pretrain=TINY.pretrain + " --cos"))
     with pytest.raises(SystemExit, match=r"holds runs with other settings \(settings\); give another"):
         small(*flags)
 
 
 def test_all_methods_run_alike_but_for_their_negatives(tmp_path, monkeypatch, data):
-    """And what differs are the counts alone, of which a type alone takes as many as all six together."""
-    for scale in study.SCALES.values():
+    """And what differs are the counts alone, of which a type alone and the control take as many as all six together."""
+    pretrained = [method for method in study.METHODS if method != "random"]
+    for name, scale in study.SCALES.items():
+        if "timm:" in scale.common:
+            pytest.importorskip("timm")
         started, words = [], {}
         programs = types.SimpleNamespace(start=lambda given, log, started=started: started.append(given))
-        for method in study.METHODS + study.ALONE:
-            args = types.SimpleNamespace(out=str(tmp_path), dataset="imagefolder", data=str(data))
-            study.run(args, scale, programs, (method, 1))
+        for method in pretrained:
+            args = types.SimpleNamespace(out=str(tmp_path / name), dataset="imagefolder", data=str(data))
+            study.run(args, scale, programs, method, 1)
         for call in started:
             words.setdefault(call[0], []).append(call)
-        assert {name: len(calls) for name, calls in words.items()} == {
-            "main_synco.py": 9, "main_lincls.py": 9, "main_semisup.py": 18
-        }  # fmt: skip
+        assert len(words["main_synco.py"]) == 10 and len(started) == 10 * (1 + len(scale.evaluations))
         parsed = {}
-        for name, calls in words.items():
+        for program, calls in words.items():
             for call in calls:
                 for dataset in ("cifar10", "imagefolder"):
                     call = [dataset if before == "--dataset" else word for before, word in zip(["", *call], call)]
                     monkeypatch.setattr(sys, "argv", list(map(str, call)))
-                    args = importlib.import_module(name.removesuffix(".py")).parse()
+                    args = importlib.import_module(program.removesuffix(".py")).parse()
                     vars(args).update(options.resolve_image_settings(args))
                     assert (args.img_size, args.stats, args.seed) == (32, "cifar10", 1)
-                    parsed.setdefault((name, dataset, getattr(args, "train_percent", 0)), []).append(vars(args))
+                    parsed.setdefault((program, dataset, getattr(args, "train_percent", 0)), []).append(vars(args))
+        counts = ["n1", "n2", "n3", "n4", "n5", "n6", "n_copied"]
         for group in parsed.values():
-            assert len(group) == 9
+            assert len(group) == 10
             differ = {key for key in group[0] if len({str(args[key]) for args in group}) > 1}
-            assert differ <= {"n1", "n2", "n3", "n4", "n5", "n6", "counts", "save_dir", "log_dir", "pretrained"}
-        for six, alone in zip(study.TYPES, study.ALONE):
-            n_hard, *counts = study.counts_of(scale, alone)
-            assert n_hard == scale.counts["synco"][0] and sum(counts) == sum(scale.counts["synco"][1:])
-            assert counts[study.TYPES.index(six)] == sum(counts)
-
-
-def test_settings_are_chosen_on_training_images_alone(small, tmp_path):
-    started = small("--choose")
-    assert [words[0] for words in started] == ["main_synco.py", "main_synco.py", "main_lincls.py", "main_semisup.py"]
-    for words in started:
-        assert words[words.index("--hold-out") + 1] == "6"
-    with open(tmp_path / "cpu-choice.json") as file:
-        choice = json.load(file)
-    found = choice["candidates"]
-    assert [one["name"] for one in found] == list(TINY.candidates)
-    assert [one["name"] for one in choice["trials"]] == list(TINY.trials)
-    weights = tmp_path / "runs" / "choose" / "a-queue-of-64" / "pretrain" / "checkpoint_0001.pth.tar"
-    assert all(str(weights) in words for words in started[2:])
-    assert started[2][started[2].index("main_lincls.py") :].count("--lr") == 2  # of which the last one counts
-    text = (tmp_path / "README.md").read_text()
-    assert f"| a queue of 64 | {found[0]['knn']:.2f} | {found[0]['knn_projection']:.2f} |" in text
-    assert f"| 1 %, less | {choice['trials'][1]['top1']:.2f} |" in text
-    assert "The candidates, on 6 training images that were held out" in text
-    assert not os.path.exists(tmp_path / "cpu.json")
+            assert differ <= {*counts, "preset", "counts", "save_dir", "log_dir", "pretrained"}
+        of = dict(zip(pretrained, parsed["main_synco.py", "imagefolder", 0]))
+        total = sum(of["synco"][n] for n in counts)
+        assert total == {4096: 60, 512: 9}[of["synco"]["moco_k"]] and of["copied"]["n_copied"] == total
+        assert [of[f"{kind}-alone"][n] for kind in TYPES for n in counts] == [
+            total * (kind == own) for kind in TYPES for own in KINDS
+        ]
 
 
 def content(**methods):
     runs = [(method, seed, value) for method, numbers in methods.items() for seed, value in enumerate(numbers)]
-    keys = [key for key, _ in study.MEASURES]
-    return {"runs": [{"method": m, "seed": seed} | dict.fromkeys(keys, value) for m, seed, value in runs]}
+    return {"runs": [{"method": m, "seed": seed, "knn": value, "knn_projection": value} for m, seed, value in runs]}
 
 
-def test_what_the_tables_say():
-    assert study.cell([50.0, 52.0, 51.5]) == "51.17 (50.00 to 52.00)" and study.cell([50.0]) == "50.00"
-    low, high, touching = ({0: 1.0, 1: 2.0, 2: 2.5}, {0: 3.0, 1: 4.0, 2: 5.0}, {0: 2.5, 1: 4.0, 2: 5.0})
-    assert study.verdict(high, low) == "+2.17 (+2.00 to +2.50), ranges apart"
-    assert study.verdict(low, high) == "-2.17 (-2.50 to -2.00), ranges apart"
-    assert study.verdict(touching, low) == "+2.00 (+1.50 to +2.50), within the spread"
-    assert study.verdict(high, low | {3: 9.0}) == "+2.17 (+2.00 to +2.50), ranges apart", "seeds in common alone"
-    found = content(random=[0.0, 0.5], mocov2=[1.0, 2.0], mochi=[9.0], synco=[3.0, 4.0])
-    assert study.verdicts(found).splitlines()[2:] == [
-        "| SynCo − MoCo v2 |" + " +2.00 (+2.00 to +2.00), ranges apart |" * 5
-    ], "one run has no spread"
-    assert "in one of 3 comparisons" in study.by_chance(found) and "hold 5 comparisons" in study.by_chance(found)
-    three = content(mocov2=[1.0, 2.0, 3.0], mochi=[1.0, 2.0, 3.0], synco=[1.0, 2.0, 3.0])
-    assert [line.split(" |")[0] for line in study.verdicts(three).splitlines()[2:]] == [
-        "| MoCHi − MoCo v2", "| SynCo − MoCo v2", "| SynCo − MoCHi"
-    ]  # fmt: skip
-    assert "in one of 10 comparisons" in study.by_chance(three) and "hold 15 comparisons" in study.by_chance(three)
-    assert study.verdicts(content(mocov2=[1.0], synco=[3.0])) == study.by_chance(content(mocov2=[1.0])) == ""
-    curve = [[epoch, 0.0, 40.0 + epoch / 10] for epoch in range(0, 201, 10)]
-    table = study.beside_published({"runs": [{"method": "mocov2", "seed": 0, "curve": curve}]})
-    assert table[2] == ["here", "41.00", "42.00", "45.00", "60.00"]
+def test_paired_comparisons():
+    """Student's interval of the differences seed by seed; with what SciPy says of 5 and 3 seeds: t = 2.7764, 4.3027."""
+    rng = np.random.default_rng(0)
+    for n, t in ((5, 2.7764), (3, 4.3027)):
+        one, other = rng.normal(30, 3, n), rng.normal(31, 3, n)
+        mean, half = report.paired(dict(enumerate(one)), dict(enumerate(other)) | {99: 0.0})
+        assert mean == pytest.approx((one - other).mean())
+        assert half == pytest.approx(t * (one - other).std(ddof=1) / np.sqrt(n), rel=1e-3)
+    assert report.paired({0: 1.0}, {0: 2.0, 1: 3.0}) is None, "one seed has no spread"
+
+    found = content(random=[0, 0, 0], mocov2=[1, 2, 3], copied=[1, 2, 3.1], synco=[5, 6, 7], mochi=[1])
+    assert list(report.comparisons(found)) == [("copied", "mocov2"), ("synco", "mocov2"), ("synco", "copied")]
+    text = report.differences(found)
+    assert "| SynCo − MoCo v2 | +4.00 ± 0.00 * | +4.00 ± 0.00 * |" in text
+    assert "| copied − MoCo v2 | +0.03 ± 0.14 | +0.03 ± 0.14 |" in text
+    assert "without 0: 4 of 6, where chance alone would leave 0.3." in text
+    assert report.differences(content(mocov2=[1, 2])) == ""
+    assert "| SynCo | 3 | 6.00 (5.00 to 7.00) | 6.00 (5.00 to 7.00) |" in report.accuracies(found)
+
+
+def test_the_committed_results_are_those_of_the_readme(tmp_path):
+    """README.md says what the JSON files and the template say."""
+    folder = ROOT / "benchmarks" / "cifar10"
+    for scale in study.SCALES:
+        if (folder / f"{scale}.json").exists():
+            (tmp_path / f"{scale}.json").write_bytes((folder / f"{scale}.json").read_bytes())
+    report.write(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
 
 
 def test_a_program_that_fails_ends_the_study(data, tmp_path, monkeypatch):
@@ -254,13 +253,12 @@ def test_a_study_that_is_told_to_stop_takes_its_programs_along(data, tmp_path):
         ("--scale cpu --seeds 0,a x", "'0,a' are not whole numbers >= 0 with commas, such as 0,1,2"),
         ("--scale cpu --seeds=-1 x", "'-1' are not whole numbers"),
         ("--scale cpu --dataset imagefolder nowhere", "nowhere: no such folder"),
-        ("--scale cpu --methods mocov2,simclr x", "'simclr' is not one of random, mocov2, mochi, synco, "),
+        ("--scale cpu --methods mocov2,simclr x", "'simclr' is not one of random, mocov2, copied, mochi, synco, "),
         ("--scale cpu --report-only --out {}/none x", "study.py: no finished run below "),
         ("--scale cpu x", "the figure needs matplotlib: pip install matplotlib"),
-        ("--scale cpu --report-only --choose x", "--choose starts runs and --report-only none; give one"),
         (
             "--scale cpu --out {0} --dataset imagefolder {0}",
-            "{0}: holds runs with other settings (settings, counts, fine-tuning); ",
+            "{0}: holds runs with other settings (settings); ",
         ),
         (
             "--scale cpu --out {0}/deep --dataset imagefolder {0}",
@@ -272,7 +270,7 @@ def test_a_study_that_is_told_to_stop_takes_its_programs_along(data, tmp_path):
 def test_mistakes(flags, message, tmp_path, monkeypatch, capsys):
     there = not message.startswith("the figure")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there or None)
-    (tmp_path / "study.json").write_text('{"dataset": "imagefolder", "fine-tuning": {}}')
+    (tmp_path / "study.json").write_text('{"dataset": "imagefolder", "settings": {}}')
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "study.json").write_text("[" * 100_000)
     monkeypatch.setattr(sys, "argv", ["study.py", *flags.format(tmp_path).split()])

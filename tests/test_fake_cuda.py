@@ -13,13 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from synco import augment, knn, metrics
+from synco import augment, diagnostics, knn, metrics
 from synco.builder import SynCo
+from synco.negatives import KINDS
 from synco.precision import Precision
+from synco.run import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # deepcopy's
 aten = torch.ops.aten
-K, N, COUNTS = 64, 4, {"n1": 3, "n2": 3, "n3": 3, "n4": 3, "n5": 3, "n6": 3}
+K, N, COUNTS = 64, 4, {"n1": 3, "n2": 3, "n3": 3, "n4": 3, "n5": 3, "n6": 3, "n_copied": 3}
 S = sum(COUNTS.values())
 
 
@@ -85,15 +87,18 @@ def test_a_step_has_one_device_and_the_head_is_float32(gpu, amp, channels_last, 
     im_q, im_k, index = how.place([images("cpu", N), images("cpu", N), torch.empty(N, dtype=torch.long)])
     with how.autocast():
         assert model.encoder_k(im_k).dtype == (how.dtype or torch.float32)
-        logits, labels = model(im_q, im_k, 0.5, step=3, index=index)
+        logits, labels = model(im_q, im_k, 0.5, step=3, index=index, inspect=True)
     rows = N * (1 + model.symmetric)
     assert logits.shape == (rows, 1 + K + S) and labels.shape == (rows,)
     loss = F.cross_entropy(logits, labels)
     (gradient, *others) = logits.grad_fn.apply(torch.empty_like(logits))  # the head's backward
     assert gradient.shape == (rows, 16) and not any(x is not None for x in others)
     accuracy = metrics.contrastive_accuracy(logits, K)
-    hardness = metrics.hardness(logits.detach(), {"interpolated": S}, K=K, T=0.2, n_hard=8)
-    for x in (logits, gradient, loss, model.queue, *accuracy.values(), *hardness.values()):
+    step = Step(None, epoch=0, i=0, batch=None, is_printed=True)
+    diagnostics.note(step, logits.detach(), model, dict(zip(KINDS, model.counts)), None)
+    ((_, tables),) = step.notes.counts
+    assert all((x.device, x.dtype) == (gpu, torch.int64) for x in tables) and len(tables) == 3 + len(model.counts)
+    for x in (logits, gradient, loss, model.queue, *accuracy.values(), *step.notes.numbers.values()):
         assert (x.device, x.dtype) == (gpu, torch.float32)
 
 

@@ -86,6 +86,15 @@ def test_the_log_shows_what_makes_a_negative_hard(undisturbed):
     assert {"loss", "acc1", "acc5", "acc1_real", "lr", "images_per_second", "data_share"} <= set(after)
     assert after["similarity/interpolated"] > after["similarity/hardest"] > after["similarity/queue"]
     assert math.isclose(sum(after[f"mass/{name}"] for name in kinds | {"positive", "queue"}), 1, abs_tol=1e-4)
+    assert math.isclose(sum(after[f"gradient/{name}"] for name in kinds | {"positive", "queue"}), 1, abs_tol=1e-4)
+    for what in ("leakage", "cosine"):
+        assert {name for name in after if name.startswith(what)} == {f"{what}/{kind}" for kind in kinds}
+    for what in ("own_class", "own_image"):  # of the first step's queue no image is known
+        assert {name for name in after if name.startswith(what)} == {
+            f"{what}/{k}" for k in kinds | {"queue", "hardest"}
+        }
+        assert not [name for name in before if name.startswith(what)]
+    assert 0 < after["own_class/queue"] < 1 and 0 <= after["own_image/queue"] < 2 / 24
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -327,6 +336,10 @@ def test_extras_resume_exactly(data, tmp_path, program, flags):
         assert all(keys <= line.keys() for line in found.values()) and list(found) == [0, 1, 2]
         best = checkpoint.load(tmp_path / "a" / main_synco.FILES.best)
         assert found[best["epoch"]]["top1"] == max(found[1]["top1"], found[2]["top1"])
+        a["queue_index"] = a["queue_index"][1:]
+        torch.save(a, tmp_path / "x.pth.tar")
+        run = program(*words, "--resume", tmp_path / "x.pth.tar", "--save-dir", tmp_path / "c", data)
+        refused(run, "x.pth.tar: --mask-same-image: it does not say of which images its 64 rows are", tmp_path / "c")
         del a["queue_index"]
         torch.save(a, tmp_path / "x.pth.tar")
         run = program(*words, "--resume", tmp_path / "x.pth.tar", "--save-dir", tmp_path / "c", data)
@@ -342,6 +355,54 @@ def test_extras_resume_exactly(data, tmp_path, program, flags):
     if "stem" in flags:
         assert a["state_dict"]["module.encoder_q.conv1.weight"].shape == (64, 3, 3, 3)
         assert a["state_dict"]["module.queue_ptr"].tolist() == [2 * 48 % 64] and a["config"]["stem"] == "cifar"
+
+
+def test_a_checkpoint_that_does_not_say_whose_its_rows_are(data, tmp_path, program):
+    """As all were before the queue kept its images' numbers: it goes on as it would, and they have no share."""
+    status, _, err = program(*SMALL, "--save-dir", tmp_path / "a", data)
+    assert status == 0, err
+    (tmp_path / "b").mkdir()
+    old = final(tmp_path / "a", 0)
+    assert sorted(old.pop("queue_index").tolist()) == [-1] * 40 + list(range(24))
+    torch.save(old, tmp_path / "b" / "checkpoint_0000.pth.tar")
+    status, _, err = program(*SMALL, "--resume", "auto", "--save-dir", tmp_path / "b", data)
+    assert status == 0 and equal(final(tmp_path / "a"), final(tmp_path / "b")), err
+    whole, rest = final(tmp_path / "a")["queue_index"], final(tmp_path / "b")["queue_index"]
+    assert torch.equal(whole[24:], rest[24:]) and (rest[:24] == -1).all()
+    for wrong in (torch.zeros(3, dtype=torch.long), torch.zeros(64), torch.full((64,), 24), torch.full((64,), -2), [0]):
+        torch.save(old | {"queue_index": wrong}, tmp_path / "x.pth.tar")
+        run = program(*SMALL, "--resume", tmp_path / "x.pth.tar", "--save-dir", tmp_path / "c", data)
+        refused(run, "x.pth.tar: it does not say of which images its 64 rows are", tmp_path / "c")
+
+
+def test_the_control(data, tmp_path, program):
+    start = SMALL.index("--n-hard")
+    flags = [*SMALL[:start], *SMALL[start + 14 :], "--method", "copied", "--n-copied", 5, "--warmup-epochs", 0]
+    status, out, err = program(*flags, "--n-hard", 3, "--save-dir", tmp_path / "r", data)
+    assert (
+        status == 0
+        and (
+            "MoCo with repeated hard negatives: for a query the 3 hardest of 64 queue rows, 5 of them over again, "
+            "unchanged: a control that is not part of SynCo, from epoch 0 on"
+        )
+        in out
+    ), err
+    line = metrics.read_log(tmp_path / "r" / "log.jsonl")[-1]
+    assert {name for name in line if "copied" in name} == {
+        f"{what}/copied" for what in ("similarity", "mass", "leakage", "gradient", "cosine", "own_class", "own_image")
+    }
+    run = program(*flags, "--n-hard", 65, "--save-dir", tmp_path / "none", data)
+    refused(run, "--n-hard 65 is larger than the queue: --moco-k is 64", tmp_path / "none")
+    run = program(*flags, "--n-hard", 0, "--save-dir", tmp_path / "none", data)
+    refused(run, "argument --n-hard: '0' is not a whole number >= 1", tmp_path / "none")
+
+
+def test_images_of_one_class_have_no_labels(tmp_path, program):
+    make_images(tmp_path / "data" / "train", classes=1, images=16)
+    status, out, err = program(*SMALL, "--save-dir", tmp_path / "r", tmp_path / "data")
+    assert status == 0 and err == "" and out.count("images without labels") == 1
+    lines = metrics.read_log(tmp_path / "r" / "log.jsonl")
+    assert "own_image/hardest" in lines[-1] and not [name for name in lines[-1] if name.startswith("own_class")]
 
 
 def test_flags_that_would_do_nothing():

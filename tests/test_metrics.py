@@ -40,37 +40,18 @@ def test_contrastive_accuracy():
     assert expected["acc1_real"] > expected["acc1"] > 0
 
 
-def test_hardness():
-    logits, T = random_logits(), 0.2
-    counts = {"interpolated": 3, "extrapolated": 0, "mixed": 4}
-    found = metrics.hardness(logits, counts, K=20, T=T, n_hard=5)
-    table = logits.double().numpy()
-    mass = np.exp(table) / np.exp(table).sum(axis=1, keepdims=True)
-    hardest = np.argsort(-table[:, 1:21], axis=1)[:, :5] + 1
-    expected = {
-        "positive": (table[:, 0], mass[:, :1]),
-        "queue": (table[:, 1:21], mass[:, 1:21]),
-        "hardest": (np.take_along_axis(table, hardest, 1), np.take_along_axis(mass, hardest, 1)),
-        "interpolated": (table[:, 21:24], mass[:, 21:24]),
-        "mixed": (table[:, 24:28], mass[:, 24:28]),
-    }
-    assert list(found) == [f"{what}/{name}" for name in expected for what in ("similarity", "mass")]
-    for name, (similarity, share) in expected.items():
-        np.testing.assert_allclose(found[f"similarity/{name}"].item(), similarity.mean() * T, atol=1e-5)
-        np.testing.assert_allclose(found[f"mass/{name}"].item(), share.sum(axis=1).mean(), atol=1e-6)
-    total = sum(found[f"mass/{name}"].item() for name in ("positive", "queue", "interpolated", "mixed"))
-    np.testing.assert_allclose(total, 1, atol=1e-5)
-
-
-def test_masked_rows_have_no_say_in_the_hardness():
-    logits = random_logits()
-    logits[0, 3] = logits[1, 1:18] = -torch.inf
-    found = metrics.hardness(logits, {"mixed": 7}, K=20, T=0.2, n_hard=5)
-    rows = logits[:, 1:21].double().numpy()
-    hardest = -np.sort(-rows, axis=1)[:, :5]
-    for name, values in (("queue", rows), ("hardest", hardest)):
-        assert found[f"similarity/{name}"].item() == pytest.approx(values[np.isfinite(values)].mean() * 0.2, abs=1e-5)
-    assert all(np.isfinite(value.item()) for value in found.values())
+def test_notes_are_read_as_they_are():
+    notes = metrics.Notes()
+    assert notes.read() == {}
+    big = 2**53 - 1
+    notes.add(a=torch.tensor(0.1), b=torch.tensor(3))
+    notes.count(
+        lambda table, row: {"sum": table.sum().item(), "big": row[1].item()},
+        torch.arange(6).view(2, 3),
+        torch.tensor([0, big]),
+    )
+    notes.add(c=torch.tensor(-torch.inf))
+    assert notes.read() == {"a": torch.tensor(0.1).item(), "b": 3, "c": -np.inf, "sum": 15, "big": big}
 
 
 def test_log_writes_the_same_numbers_twice(tmp_path):

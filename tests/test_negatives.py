@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from benchmarks import textbook
 from synco.negatives import (
+    KINDS,
     TYPES,
     adversarial,
     extrapolated,
@@ -204,6 +205,38 @@ def test_synthesize_is_constant_and_leaves_the_queue_alone():
     assert not made.requires_grad and torch.equal(queue, before)
     queue.zero_()
     assert (made.norm(dim=-1) - 1).abs().max() < 1e-6  # a copy: a later enqueue cannot reach it
+
+
+def test_the_control_repeats_hard_rows_and_leaves_the_types_as_they_are():
+    q, queue, hard = queue_and_hard()
+    counts = (4, 5, 6, 3, 2, 1)
+    with_control = draw((*counts, 4000), q, queue, hard)
+    assert torch.equal(with_control[:, : sum(counts)], draw(counts, q, queue, hard))
+    for i in range(N):
+        equal = (with_control[i, sum(counts) :, None] == queue[hard[i]]).all(dim=2)  # (4000, n_hard)
+        assert (equal.sum(dim=1) == 1).all(), "a row, to the bit"
+        assert (equal.float().mean(dim=0) - 1 / hard.shape[1]).abs().max() < 0.03, "drawn uniformly"
+    alone = draw((0,) * 6 + (9,), q, queue, hard)
+    assert alone.shape == (N, 9, C) and not torch.equal(alone[:, 0], alone[:, 1])
+
+
+def test_sources_are_the_rows_that_negatives_were_made_from():
+    """With coefficients that leave the rows as they are, the negatives tell their sources themselves."""
+    q, queue, hard = queue_and_hard()
+    counts, sources = (3, 4, 5, 2, 2, 2, 6), {}
+    none = {"alpha": 1e-9, "beta": 1 + 1e-7, "gamma": 1e-9, "sigma": 0.0, "delta": 0.0, "eta": 0.0}
+    generator = torch.Generator().manual_seed(7)
+    made = synthesize(q, queue, hard, counts, **none, generator=generator, sources=sources)
+    assert list(sources) == list(KINDS) and torch.equal(made, draw(counts, q, queue, hard, **none))
+    for (kind, rows), part in zip(sources.items(), made.split(counts, dim=1)):
+        if kind == "mixed":  # gamma 0: the second row of each
+            assert rows.shape == (N, 10)
+            rows = rows[:, 5:]
+        torch.testing.assert_close(queue[rows], part, atol=1e-6, rtol=0)
+    some = {}
+    synthesize(q, queue, hard, (0, 0, 4, 0, 1, 0), sources=some)
+    assert {kind: rows.shape for kind, rows in some.items()} == {"mixed": (N, 8), "perturbed": (N, 1)}
+    assert all((rows[:, :, None] == hard[:, None]).any(dim=2).all() for rows in some.values())
 
 
 def test_no_types_make_no_negatives():
