@@ -6,9 +6,10 @@ On all GPUs of this machine, in the published settings:
   python main_lincls.py -a resnet50 --lr 30.0 --batch-size 256 --pretrained FOLDER/checkpoint_0199.pth.tar \\
     --multiprocessing-distributed --world-size 1 --rank 0 IMAGENET
 
-What the same network reaches without pretraining, on one GPU or a CPU (torchrun --nproc-per-node N works too):
+What the same network reaches without pretraining, at the best of several learning rates, which take one pass, on one
+GPU or a CPU (torchrun --nproc-per-node N works too):
 
-  python main_lincls.py -a resnet18 --img-size 32 --epochs 10 --schedule 6 8 --pretrained random FOLDER
+  python main_lincls.py -a resnet18 --img-size 32 --epochs 10 --schedule 6 8 --lr 0.1 0.3 1 3 --pretrained random FOLDER
 
 DATA holds train/CLASS/IMAGE and val/CLASS/IMAGE. Writes checkpoint_lincls.pth.tar (the last epoch),
 model_best_lincls.pth.tar, result.json, per_class.csv, config.json, log.jsonl and TensorBoard files.
@@ -18,9 +19,8 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from synco import distributed, metrics, options
+from synco import distributed, options
 from synco.classifier import Classifier, check_flags, run_files
 from synco.errors import UserError
 from synco.folder import default_folder
@@ -32,52 +32,50 @@ from synco.run import Run
 
 def probe(process: distributed.Process, args) -> None:
     """One process of a linear probe."""
-    folder = default_folder(args, f"lincls-lr{args.lr:g}")
+    folder = default_folder(args, "lincls-lr" + "-".join(f"{lr:g}" for lr in options.listed(args.lr)))
     run = Run(process, args, flags().kinds, run_files("lincls"), save_dir=folder, evaluate=args.evaluate)
     precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
     task = Classifier(run, args, precision, frozen=True)
     if args.evaluate:
         return task.evaluate()
-    network, last_layer = task.network, task.last_layer
-    network.eval().requires_grad_(False)  # for good: BatchNorm's running statistics are part of the backbone
-    last_layer.requires_grad_(True)
-    weights = list(last_layer.parameters())
-    optimizer = torch.optim.SGD(
-        weights, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=precision.fused
-    )
+    heads = task.add_heads("--lr", args.lr)
+    heads.module.eval().requires_grad_(False)  # for good: BatchNorm's running statistics are part of the backbone
+    heads.layers.requires_grad_(True)
+    optimizer = torch.optim.SGD(heads.groups(), momentum=args.momentum, fused=precision.fused)
     run.begin(
         task.batches,
         args.epochs * len(task.batches),
-        {"state_dict": network, "optimizer": optimizer, "scaler": precision},
+        {"state_dict": task.network, "optimizer": optimizer, "scaler": precision, "heads": heads},
         facts=task.facts(),
         identity=task.identity(),
+        rates=heads.rate_names,
         results=task.results,
     )
-    learner = distributed.parallel(network, process.device)
+    learner = distributed.parallel(heads.module, process.device)
 
     for epoch in run.epochs():
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(epoch, args)
+        for group, (lr, _) in zip(optimizer.param_groups, heads.settings):
+            group["lr"] = learning_rate(lr, epoch, args)
         for step in run.steps(epoch):
             images, labels = precision.place(step.batch)
             with precision.autocast():
-                logits = learner(images)  # (N, C)
-            loss = F.cross_entropy(logits.float(), labels)
+                logits = learner(images)  # of each head (N, C)
+            losses = heads.losses(logits, labels)  # (heads,)
             optimizer.zero_grad()
-            norm = precision.backward(loss, optimizer, weights)
+            norms = precision.backward(losses, optimizer, heads.weights)
             precision.step(optimizer)
-            step.record(loss, norm, **metrics.accuracy(logits, labels))
+            heads.record(step, losses, norms, logits, labels)
         if epoch in (run.first_epoch, args.epochs - 1):
             task.check_frozen()
         task.end_epoch(epoch)
     task.finish()
 
 
-def learning_rate(epoch: int, args) -> float:
-    """Per epoch: cosine to --lr-min, or a tenth at each milestone."""
+def learning_rate(lr: float, epoch: int, args) -> float:
+    """Of a head whose --lr is `lr`, per epoch: cosine to --lr-min, or a tenth at each milestone."""
     if args.cos:
-        return args.lr_min + (args.lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+        return args.lr_min + (lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+    return lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
 
 
 def flags() -> options.Parser:
@@ -90,11 +88,13 @@ def flags() -> options.Parser:
     options.add_skipping(parser)
     options.add_distributed(parser)
     options.add_speed(parser)
-    schedule("--lr", "--learning-rate", default=30.0, type=number(float, 0), help="learning rate")
+    several = {"nargs": "+", "action": options.Several, "type": number(float, 0)}
+    schedule("--lr", "--learning-rate", default=30.0, **several, help="learning rate, or several: a head for each, all "
+             "in one pass")  # fmt: skip
     schedule("--schedule", default=[60, 80], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
     schedule("--cos", action="store_true", help="cosine schedule in place of --schedule")
     schedule("--lr-min", default=0.0, type=number(float, 0), help="with --cos: where the learning rate ends")
-    identity("--wd", "--weight-decay", default=0.0, type=number(float, 0), dest="weight_decay", help="weight decay")
+    identity("--wd", "--weight-decay", default=0.0, **several, dest="weight_decay", help="weight decay, or several")
     return parser
 
 

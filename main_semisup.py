@@ -21,10 +21,10 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from synco import distributed, metrics, options, subsets
+from synco import distributed, options, subsets
 from synco.classifier import Classifier, check_flags, run_files
+from synco.errors import UserError
 from synco.folder import default_folder
 from synco.launch import launch
 from synco.options import number
@@ -35,65 +35,59 @@ from synco.run import Run
 def train(process: distributed.Process, args) -> None:
     """One process of a training on few labels."""
     finetune = args.weights == "finetune"
-    folder = f"semisup-{args.train_percent}percent-{args.weights}-lr{args.lr_backbone:g}-{args.lr_classifier:g}"
-    folder = default_folder(args, folder)
+    rates = "-".join(f"{lr:g}" for lr in [args.lr_backbone, *options.listed(args.lr_classifier)])
+    folder = default_folder(args, f"semisup-{args.train_percent}percent-{args.weights}-lr{rates}")
     run = Run(process, args, flags().kinds, run_files("semisup"), save_dir=folder, evaluate=args.evaluate)
     precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
-    choose = partial(labelled, args=args, seed=run.seed)
+    choose = partial(subsets.labelled, percent=args.train_percent, seed=run.seed, file=args.subset_file)
     task = Classifier(run, args, precision, frozen=not finetune, choose=choose)
     if args.evaluate:
         return task.evaluate()
-    network, last_layer = task.network, task.last_layer
-    network.requires_grad_(finetune)
-    last_layer.requires_grad_(True)
-    groups = [{"params": list(last_layer.parameters()), "lr": args.lr_classifier}]
+    heads = task.add_heads("--lr-classifier", args.lr_classifier)
+    task.network.requires_grad_(finetune)
+    heads.layers.requires_grad_(True)
+    groups, weights = heads.groups(), heads.weights
     if finetune:
-        inside = {id(weight) for weight in last_layer.parameters()}
-        backbone = [weight for weight in network.parameters() if id(weight) not in inside]
-        groups.append({"params": backbone, "lr": args.lr_backbone})
+        inside = {id(weight) for weight in weights}
+        backbone = [weight for weight in task.network.parameters() if id(weight) not in inside]
+        groups.append({"params": backbone, "lr": args.lr_backbone, "weight_decay": args.weight_decay})
+        weights = weights + backbone
         task.check_batch_norm()
-    weights = [weight for group in groups for weight in group["params"]]
-    optimizer = torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.weight_decay, fused=precision.fused)
+    base = [group["lr"] for group in groups]
+    optimizer = torch.optim.SGD(groups, momentum=args.momentum, fused=precision.fused)
     if args.write_subset and process.rank == 0:
         subsets.write_list(task.images, args.write_subset)  # before a run that --overwrite gives up is removed
     run.begin(
         task.batches,
         args.epochs * len(task.batches),
-        {"state_dict": network, "optimizer": optimizer, "scaler": precision},
+        {"state_dict": task.network, "optimizer": optimizer, "scaler": precision, "heads": heads},
         facts=task.facts(),
         identity=task.identity() | {"subset_sha256": subsets.digest(task.images)},
-        rates=("lr", "lr_backbone"),
-        results=lambda: {**task.results(), "scheduler": scheduler_state(args, run.epoch)},
+        rates=(*heads.rate_names, "lr_backbone"),
+        results=lambda: {**task.results(), "scheduler": scheduler_state(base, run.epoch, args.epochs)},
     )
     if finetune != (args.lr_backbone > 0):
         effect = "the backbone's weights will not move" if finetune else "the backbone stays frozen"
         distributed.warn(f"--weights {args.weights} with --lr-backbone {args.lr_backbone:g}: {effect}")
-    learner = distributed.parallel(network, process.device)
+    learner = distributed.parallel(heads.module, process.device)
 
     for epoch in run.epochs():
-        for group, lr in zip(optimizer.param_groups, (args.lr_classifier, args.lr_backbone)):
+        for group, lr in zip(optimizer.param_groups, base):
             group["lr"] = lr * cosine(epoch, args.epochs)
-        network.train(finetune)
+        heads.module.train(finetune)
         for step in run.steps(epoch):
             images, labels = precision.place(step.batch)
             with precision.autocast():
-                logits = learner(images)  # (N, C)
-            loss = F.cross_entropy(logits.float(), labels)
+                logits = learner(images)  # of each head (N, C)
+            losses = heads.losses(logits, labels)  # (heads,)
             optimizer.zero_grad()
-            norm = precision.backward(loss, optimizer, weights)
+            norms = precision.backward(losses, optimizer, weights)
             precision.step(optimizer)
-            step.record(loss, norm, **metrics.accuracy(logits, labels))
+            heads.record(step, losses, norms, logits, labels)
         if not finetune and epoch in (run.first_epoch, args.epochs - 1):
             task.check_frozen()
         task.end_epoch(epoch)
     task.finish()
-
-
-def labelled(images, args, seed: int):
-    """The part of the training images whose labels are used, `datasets.Images`."""
-    part, source = subsets.subset(images, args.train_percent, seed, args.subset_file)
-    distributed.say(f"{'labels':18} {len(part)} of {len(images)} images: {source}")
-    return part
 
 
 def cosine(epoch: int, epochs: int) -> float:
@@ -101,16 +95,15 @@ def cosine(epoch: int, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
-def scheduler_state(args, done: int) -> dict:
-    """The published key `scheduler`: what torch's CosineAnnealingLR would hold after that many epochs."""
-    rates = [args.lr_classifier] + [args.lr_backbone] * (args.weights == "finetune")
+def scheduler_state(base: list[float], done: int, epochs: int) -> dict:
+    """The published key `scheduler`: what torch's CosineAnnealingLR would hold after `done` epochs. base: the rates."""
     return {
-        "T_max": args.epochs,
+        "T_max": epochs,
         "eta_min": 0.0,
-        "base_lrs": rates,
+        "base_lrs": base,
         "last_epoch": done,
         "_step_count": done + 1,
-        "_last_lr": [lr * cosine(done, args.epochs) for lr in rates],
+        "_last_lr": [lr * cosine(done, epochs) for lr in base],
     }
 
 
@@ -129,8 +122,10 @@ def flags() -> options.Parser:
     free("--write-subset", metavar="FILE", help="write that list, as --subset-file reads it")
     identity("--weights", default="freeze", choices=("freeze", "finetune"), help="train the last layer alone, or all")
     schedule("--lr-backbone", default=0.0, type=number(float, 0), help="the backbone's learning rate")
-    schedule("--lr-classifier", default=0.3, type=number(float, 0), help="the last layer's learning rate")
-    identity("--wd", "--weight-decay", default=1e-6, type=number(float, 0), dest="weight_decay", help="weight decay")
+    several = {"nargs": "+", "action": options.Several, "type": number(float, 0)}
+    schedule("--lr-classifier", default=0.3, **several, help="the last layer's learning rate, or with --weights freeze "
+             "several: a head for each, all in one pass")  # fmt: skip
+    identity("--wd", "--weight-decay", default=1e-6, **several, dest="weight_decay", help="weight decay, or several")
     return parser
 
 
@@ -138,6 +133,9 @@ def parse():
     """The flags of the command line, checked."""
     args = flags().parse_args()
     check_flags(args)
+    for flag, given in (("--lr-classifier", args.lr_classifier), ("--wd", args.weight_decay)):
+        if args.weights == "finetune" and len(options.listed(given)) > 1:
+            raise UserError(f"{flag} {' '.join(map(str, given))}: several go with --weights freeze alone")
     return args
 
 

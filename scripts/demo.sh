@@ -17,7 +17,7 @@ export CUDA_VISIBLE_DEVICES=""
 for weights in "$folder/pretrain/checkpoint_0019.pth.tar" random; do
     trial=pretrained
     [ "$weights" = random ] && trial=random
-    python main_lincls.py -a resnet18 --img-size 32 --epochs 20 --schedule 12 16 --lr 1 --seed 0 \
+    python main_lincls.py -a resnet18 --img-size 32 --epochs 20 --schedule 12 16 --lr 0.03 0.1 0.3 1 --seed 0 \
         --pretrained "$weights" --overwrite --save-dir "$folder/lincls-$trial" "$folder/patches"
     python main_semisup.py -a resnet18 --img-size 32 --epochs 30 -b 64 --train-percent 10 --weights finetune \
         --lr-backbone 0.02 --lr-classifier 0.2 --seed 0 \

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Linear probe of a ResNet-50 on ImageNet in the published settings, and its result as a table.
 # Usage: scripts/lincls_r50.sh CHECKPOINT IMAGENET [SAVE_DIR] [extra flags ...]
-# CHECKPOINT may be 'random'. LRS="10 30 60" in the environment tries these learning rates, each in a folder of its own
-# below SAVE_DIR (CHECKPOINT-lincls unless given); the same command goes on after an interruption. NPROC: GPUs, 8.
+# CHECKPOINT may be 'random'. LRS="10 30 60" in the environment tries these learning rates in one pass, in a folder named
+# after them below SAVE_DIR (CHECKPOINT-lincls unless given); the same command goes on after an interruption. NPROC:
+# GPUs, 8.
 set -euo pipefail
 
 if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
@@ -16,15 +17,8 @@ if [[ ${1:--} != -* ]]; then
     shift
 fi
 
-failed=0
-for lr in ${LRS:-30}; do
-    torchrun --standalone --nproc-per-node "${NPROC:-8}" "$root/main_lincls.py" \
-        -a resnet50 --epochs 100 --lr "$lr" --schedule 60 80 --batch-size 256 --pretrained "$checkpoint" \
-        --resume auto --save-dir "$save_dir/lr$lr" "$data" "$@" || failed=$?
-    # after a rate that diverged the others still run; after Ctrl-C they do not
-    if [[ $failed -gt 128 ]]; then
-        exit "$failed"
-    fi
-done
+read -ra lrs <<<"${LRS:-30}"
+torchrun --standalone --nproc-per-node "${NPROC:-8}" "$root/main_lincls.py" \
+    -a resnet50 --epochs 100 --lr "${lrs[@]}" --schedule 60 80 --batch-size 256 --pretrained "$checkpoint" \
+    --resume auto --save-dir "$save_dir/lr$(IFS=- && echo "${lrs[*]}")" "$data" "$@"
 python "$root/scripts/best_of_grid.py" "$save_dir"
-exit "$failed"

@@ -26,6 +26,7 @@ class Inspection:
     it was made from, see `negatives.synthesize`.
     """
 
+    q: torch.Tensor  # (N, C) the queries, unit rows without gradient
     k: torch.Tensor  # (N, C) the positives
     queue: torch.Tensor  # (K, C) as the queries met it
     queue_index: torch.Tensor  # (K,) the number of each row's image, -1: unknown
@@ -181,7 +182,8 @@ class SynCo(nn.Module):
 
         slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K  # computed on the device
         numbers = None if index is None else index.repeat(len(ways))  # of each row of q
-        self.inspection = Inspection(k, self.queue.clone(), self.queue_index.clone(), numbers) if inspect else None
+        before = (self.queue.clone(), self.queue_index.clone()) if inspect else ()
+        self.inspection = Inspection(q.detach(), k, *before, numbers) if inspect else None
         own = numbers if self.mask_same_image else None
         generator = torch.Generator(q.device).manual_seed(distributed.seed_of("negatives", self.seed, step, rank))
         logits = self.logits(q, k, slots, self.counts_at(epoch), generator, own)

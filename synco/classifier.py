@@ -1,12 +1,13 @@
 """What the linear probe and the fine-tuning share: images, network, validation, tables, the result, and -e."""
 
+import argparse
+import functools
 import math
 import os
 from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from synco import (
     augment,
@@ -24,6 +25,7 @@ from synco import (
 from synco.distributed import say
 from synco.errors import Failure, UserError
 from synco.folder import RunFiles
+from synco.heads import Heads, after, describe, summarize, validate
 from synco.precision import Precision
 from synco.run import Run
 
@@ -73,6 +75,8 @@ class Classifier:
         config = (self.pretrained or run.saved or {}).get("config")
         self.settings = options.resolve_image_settings(args, args.pretrained or run.path, config)
         self.best = self.last = None  # {"epoch", "top1", "top5"} of the best and the last validated epoch
+        self.frozen = frozen
+        self.heads = self.val = None
         self._load_images(choose)
         weights = self._make_network()
         if run.saved:
@@ -97,7 +101,8 @@ class Classifier:
         if args.cache_images:
             datasets.cache([train, val] if train else [val], process.local_size, bool(args.skip_bad_images))
         centre = augment.center_view(settings["img_size"], settings["stats"])
-        self.shown = {"val": loader.eval_loader(val.with_transform(centre), batch, **load)}
+        self.shown_as = lambda images: loader.eval_loader(images.with_transform(centre), batch, **load)
+        self.shown = {"val": self.shown_as(val)}
         if train:
             reader = loader.Reader(train, args.skip_bad_images)
             view = augment.classifier_augmentation(settings["img_size"], settings["stats"])
@@ -145,6 +150,25 @@ class Classifier:
         self.precision.place(self.network)
         networks.try_images(self.network, args.arch, settings["img_size"])
         return weights
+
+    def add_heads(self, flag: str, rates: float | list[float]) -> Heads:
+        """A last layer for each of these learning rates, which `flag` gave, and each of --wd: what is trained.
+
+        With several on held-out images, `val` is for the one that is chosen. Raises UserError if `val` is not there,
+        or a run goes on that has other heads.
+        """
+        rates, decays = options.listed(rates), options.listed(self.args.weight_decay)
+        self.heads = Heads(self.network, self.head, rates, decays, flag if self.frozen else None)
+        if self.run.saved:
+            self.heads.check(self.run.saved, self.run.path)
+        self.chosen_on = "val, as the papers do"
+        if self.args.hold_out:
+            self.chosen_on = f"{self.val_images} training images that are held out"
+        if self.args.hold_out and self.heads.several:
+            val = datasets.load(argparse.Namespace(**vars(self.args) | {"hold_out": None}), "val")
+            datasets.same_classes(self.images, val, self.args.data)
+            self.val = self.shown_as(val)
+        return self.heads
 
     def _check_resumed(self):
         """Raise UserError unless the saved classifier is of this network, these classes and, to go on, this run."""
@@ -202,7 +226,10 @@ class Classifier:
         """What is printed and stored of a run beside its settings."""
         images = f"{self.val_images} to validate, {len(self.classes)} classes"
         trained = f"{len(self.images)} to train, " if self.images is not None else ""
-        return {"images": trained + images, "backbone": self.source}
+        facts = {"images": trained + images, "backbone": self.source}
+        if self.heads and self.heads.several:
+            facts["heads"] = f"{', '.join(self.heads.names)}; the best is chosen on {self.chosen_on}"
+        return facts
 
     def _remember(self, weights):
         """Keep the frozen backbone for `check_frozen`, running statistics included: as the files have it, if there are.
@@ -245,32 +272,34 @@ class Classifier:
         """Validate if it is due, say and log what came of it, and write the checkpoints of the epoch."""
         args, done, better = self.args, epoch + 1, False
         if done == args.epochs or args.val_freq > 0 and done % args.val_freq == 0:
-            results = self._validate()
-            for name, (numbers, _) in results.items():
+            each = self._validate()
+            best = self.heads.judge([numbers for numbers, _ in each["val"]], done)
+            for name, found in each.items():
                 kind = name if name == "val" else "eval_train"
                 if not self.run.is_logged(kind, done):  # before the run was killed, and not yet in a checkpoint
-                    self.run.log(kind, epoch=done, **numbers)
-            self.last, before = summarize(results, done), self.best
+                    self.run.log(kind, epoch=done, **self.heads.numbers([numbers for numbers, _ in found], best))
+            results = {name: found[best] for name, found in each.items()}
+            self.last, before = summarize(results, done) | self.heads.label(best), self.best
             better = before is None or self.last["top1"] > before["top1"]
             self.best = self.last if better else before
-            say(f"Epoch {epoch} {describe(results)}  (best {self.best['top1']:.2f} %{after(self.best)})")
+            say(f"Epoch {epoch} {describe(results, self.last)}  (best {self.best['top1']:.2f} %{after(self.best)})")
         if better:  # first, so that a run which is stopped in between writes it again
+            kept = self.heads.keep(best)
             if self.run.save_best():
                 try:
                     self._write_tables(results["val"][1])
                 except OSError as error:
                     distributed.warn(f"{self.run.folder.path}: the tables cannot be written ({error.strerror})")
             else:
-                self.best = before  # whose weights are still there
+                self.best, self.heads.kept = before, kept  # whose weights are still there
                 distributed.warn(f"epoch {epoch} is not kept as the best")
         self.run.end_epoch(epoch)
 
     def _validate(self):
-        """{"val": ..., and with --eval-train "train": ...}, from `validate`."""
-        classes = len(self.classes)
-        return {
-            name: validate(self.network, batches, self.process.device, classes) for name, batches in self.shown.items()
-        }
+        """{"val": [of each head], and with --eval-train "train": [of each head]}, from `validate`."""
+        network = self.heads.module if self.heads else self.network
+        validate_on = functools.partial(validate, network, device=self.process.device, classes=len(self.classes))
+        return {name: validate_on(batches) for name, batches in self.shown.items()}
 
     def results(self) -> dict:
         """What a checkpoint holds of the validations so far."""
@@ -280,17 +309,31 @@ class Classifier:
         """Write result.json, the best epoch's numbers, unless a finished run was called again, and say them."""
         self.run.finish()
         best, last, path = self.best, self.last, self.run.folder.file("result.json")
-        again = os.path.exists(path) and self.run.first_epoch == self.args.epochs
+        again = distributed.from_rank_0(os.path.exists(path) and self.run.first_epoch == self.args.epochs)
+        more, reported = {}, ""
+        if self.heads.several:
+            for line in self.heads.table():
+                say(line)
+            more = {"heads": self.heads.result(), "chosen_on": self.chosen_on}
+        if self.val and not again:
+            more["val"] = self._validate_choice()
+            reported = f" On val, looked at for this alone: top-1 {more['val']['top1']:.2f} %."
         if self.process.rank == 0 and not again:
             try:
-                self._write_results(best | {"last": last}, self.origin, self.checkpoint_sha256)
+                self._write_results(best | {"last": last} | more, self.origin, self.checkpoint_sha256)
             except OSError as error:
                 raise Failure(f"{path}: cannot be written ({error.strerror}); the checkpoints are whole") from error
         top5 = f" (top-5 {best['top5']:.2f} %)" if best["top5"] is not None else ""
         say(
             f"Done. Best top-1 {best['top1']:.2f} %{top5}{after(best)}, {last['top1']:.2f} % after all "
-            f"{self.args.epochs}. {path}"
+            f"{self.args.epochs}.{reported} {path}"
         )
+
+    def _validate_choice(self):
+        """What the best head in its best epoch reaches on val, when it was chosen on other images."""
+        self.last_layer.load_state_dict(self.heads.kept)
+        [(numbers, _)] = validate(self.network, self.val, self.process.device, len(self.classes))
+        return numbers
 
     def evaluate(self) -> None:
         """-e: validate the classifier that --resume names; say and write what it reaches."""
@@ -304,13 +347,13 @@ class Classifier:
         if self.batches:
             reader = self.batches.dataset.reader
             reader.mark_unreadable(checkpoint.unreadable(run.saved, run.path, len(reader)))
-        results = self._validate()
+        results = {name: found[0] for name, found in self._validate().items()}
         if self.process.rank == 0:
             result = summarize(results, run.saved.get("epoch"))
             self._write_results(result, run.path, files.sha256(run.path), results["val"][1])
         if self.batches:
             reader.report_unreadable()
-        say(f"{describe(results)}. {run.folder.file('result.json')}")
+        say(f"{describe(results, {})}. {run.folder.file('result.json')}")
 
     def _write_results(self, result, path, digest, confusion=None):
         """result.json and with a confusion matrix the tables. Other results that are there get another name."""
@@ -344,40 +387,6 @@ class Classifier:
             files.write_csv(file("confusion.csv"), ["class", *self.classes], rows)
 
 
-@torch.no_grad()
-def validate(network: nn.Module, batches, device: torch.device, classes: int) -> tuple[dict, torch.Tensor]:
-    """A classifier's results over a `loader.eval_loader`, which spreads the images over the processes.
-
-    Every process validates with rank 0's buffers and gets the same numbers. The network is put in eval mode meanwhile.
-    Returns {"top1", "top5" (percent), "loss"}, and the confusion matrix (C, C): rows are the true classes.
-    """
-    distributed.share_buffers(network)
-    was_training = network.training
-    network.eval()
-    confusion = torch.zeros(classes * classes, dtype=torch.long, device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the loss, of the hits among five
-    for images, labels in batches:
-        labels = labels.to(device, non_blocking=True)
-        logits = network(images.to(device, non_blocking=True)).float()  # (N, C)
-        ranked = metrics.ranked(logits)  # (N, 5)
-        cell = labels * classes + ranked[:, 0]
-        confusion.scatter_add_(0, cell, torch.ones_like(cell))
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss.double(), (ranked == labels[:, None]).sum().double()])
-    network.train(was_training)
-    confusion = distributed.total(confusion).view(classes, classes).cpu()
-    loss, five = distributed.total(sums).tolist()
-    count, right = confusion.sum().item(), confusion.trace().item()
-    return {"top1": 100 * right / count, "top5": 100 * five / count, "loss": loss / count}, confusion
-
-
-def summarize(results: dict, epoch: int | None) -> dict:
-    """What is kept of an epoch's validation: {"epoch", "top1", "top5"}, and "train_top1" with --eval-train."""
-    numbers, _ = results["val"]
-    kept = {"epoch": epoch, "top1": numbers["top1"], "top5": numbers["top5"]}
-    return kept | ({"train_top1": results["train"][0]["top1"]} if "train" in results else {})
-
-
 def _result(stored, name, path):
     """A `summarize` out of a checkpoint, None before the first validation. Raises UserError if it is neither."""
     if stored is None:
@@ -386,15 +395,3 @@ def _result(stored, name, path):
     if not isinstance(numbers[0], float) or not all(x is None or isinstance(x, (int, float)) for x in numbers):
         raise UserError(f"{path}: its {name} result is {str(stored)[:80]!r}")
     return {"top5": None, "epoch": None, **stored}
-
-
-def after(result: dict) -> str:
-    """ " after N epochs", where a `summarize` knows of how many."""
-    return "" if result["epoch"] is None else f" after {result['epoch']} epoch{'s' * (result['epoch'] != 1)}"
-
-
-def describe(results: dict) -> str:
-    """The numbers of `validate` in words, for "val" and perhaps "train"."""
-    numbers, _ = results["val"]
-    words = f"val: top-1 {numbers['top1']:.2f} %  top-5 {numbers['top5']:.2f} %  loss {numbers['loss']:.4f}"
-    return words + (f"  train: top-1 {results['train'][0]['top1']:.2f} %" if "train" in results else "")

@@ -23,21 +23,21 @@ from synco.errors import UserError
 
 
 class Averages:
-    """Means of per-step numbers; nothing is read from the device until `read`."""
+    """Means of per-step numbers, or tensors of them of this shape; nothing is read from the device until `read`."""
 
-    def __init__(self) -> None:
-        self.sums, self.steps = {}, 0
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.sums, self.steps, self.shape = {}, 0, shape
 
     def add(self, **values: torch.Tensor) -> None:
-        """values: 0-dim tensors on the device, the same names in every step and process."""
+        """values: tensors on the device, the same names in every step and process."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.steps += 1
 
-    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | list[float]]:
         """{name: mean since the last read}, with one read from the device; then cleared.
 
-        reduce: (names,) tensor of this process → that of all, such as `distributed.mean`.
+        reduce: (names, ...) tensor of this process → that of all, such as `distributed.mean`.
         """
         means = reduce(torch.stack(list(self.sums.values())).float() / self.steps).tolist()
         found = dict(zip(self.sums, means))
@@ -45,19 +45,22 @@ class Averages:
         return found
 
     def state(self, from_all: Callable[[torch.Tensor], list[torch.Tensor]]) -> dict:
-        """What a run that goes on from here needs, as plain values and one tensor (processes, names).
+        """What a run that goes on from here needs, as plain values and one tensor (processes, names, ...).
 
         from_all: this process's value → the list of all processes' values, such as `distributed.from_all`.
+        What is not finite, which is of heads that are dropped, becomes 0.
         """
-        mine = torch.stack(list(self.sums.values())).cpu() if self.sums else torch.empty(0)
+        mine = torch.stack(list(self.sums.values())) if self.sums else torch.empty(0, *self.shape)
+        mine = mine.nan_to_num(0, 0, 0).cpu()
         return {"names": list(self.sums), "sums": torch.stack(from_all(mine)), "steps": self.steps}
 
     def restore(self, state: dict, rank: int, processes: int, device: torch.device) -> None:
         """Go on from a `state`; of another number of processes each takes their mean. Raises ValueError."""
         try:
             names, sums, steps = state["names"], state["sums"], state["steps"]
-            fits = sums.ndim == 2 and sums.shape[1] == len(names) and sums.is_floating_point() and sums.is_contiguous()
-            fits = fits and bool(sums.isfinite().all()) and all(isinstance(name, str) for name in names)
+            fits = sums.shape[1:] == (len(names), *self.shape) and sums.is_floating_point()
+            fits = fits and sums.is_contiguous() and bool(sums.isfinite().all())
+            fits = fits and all(isinstance(name, str) for name in names)
             if not fits or not isinstance(steps, int) or steps < 0:
                 raise ValueError("its averages are not the averages of a run")
             mine = sums[rank] if len(sums) == processes else sums.mean(dim=0)
@@ -94,22 +97,25 @@ class Notes:
 
 
 class Finite:
-    """Whether losses and gradients are finite; where the first was not stays on the device until `first_bad`."""
+    """Whether losses and gradients are finite, of one head or of several (heads,).
+
+    Where the first was not stays on the device until `first_bad`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.first = torch.full((), -1, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def watch(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """In every step; norm: the gradient's → whether one has not been finite so far, a 0-dim tensor of 0 or 1."""
+        """In every step; norm: the gradient's → whether one has not been finite so far, a tensor of 0 or 1 of each."""
         bad = ~(loss.detach() + norm).isfinite() & (self.first < 0)
         self.first = torch.where(bad, step, self.first)
         return (self.first >= 0).float()
 
-    def first_bad(self, from_all: Callable[[int], list[int]]) -> int | None:
-        """The first step that was not finite in any process, or None. from_all: see `Averages.state`."""
-        found = [step for step in from_all(self.first.item()) if step >= 0]
-        return min(found, default=None)
+    def first_bad(self, from_all: Callable[[list], list[list]]) -> list[int | None]:
+        """Of each head the first step that was not finite in any process, or None. from_all: see `Averages.state`."""
+        of_each = zip(*from_all(self.first.view(-1).tolist()))
+        return [min((step for step in steps if step >= 0), default=None) for steps in of_each]
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -148,6 +154,14 @@ class Pace:
         return duration((time.perf_counter() - self.began) / self.steps * steps + more)
 
 
+def progress(numbers: dict[str, float]) -> str:
+    """The loss, the accuracies that a run has, and the speed of a print step, in words."""
+    titles = {"acc1": "acc@1", "acc5": "acc@5", "acc1_real": "real acc@1"}
+    columns = "".join(f"{title} {numbers[name]:5.2f}  " for name, title in titles.items() if name in numbers)
+    speed = f"{numbers['images_per_second']:.0f} images/s  data {numbers['data_share']:.0%}"
+    return f"loss {numbers['loss']:.4f}  {columns}{speed}"
+
+
 @torch.no_grad()
 def contrastive_accuracy(logits: torch.Tensor, K: int) -> dict[str, torch.Tensor]:
     """How often the positive scores highest (acc1) or among the five highest (acc5), in percent.
@@ -165,15 +179,18 @@ def contrastive_accuracy(logits: torch.Tensor, K: int) -> dict[str, torch.Tensor
 
 @torch.no_grad()
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A classifier's {"acc1", "acc5"} in percent, 0-dim tensors. logits (N, C), labels (N,)."""
-    right = 100.0 * (ranked(logits) == labels[:, None])  # (N, min(5, C))
-    return {"acc1": right[:, 0].mean(), "acc5": right.sum(dim=1).mean()}
+    """{"acc1", "acc5"} in percent of a classifier, 0-dim tensors, or of several (heads,).
+
+    logits (N, C), or (heads, N, C); labels (N,).
+    """
+    right = 100.0 * (ranked(logits) == labels[:, None])  # (..., N, min(5, C))
+    return {"acc1": right[..., 0].mean(dim=-1), "acc5": right.sum(dim=-1).mean(dim=-1)}
 
 
 @torch.no_grad()
 def ranked(logits: torch.Tensor) -> torch.Tensor:
-    """A classifier's five best classes, best first: logits (N, C) → (N, min(5, C))."""
-    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+    """A classifier's five best classes, best first: logits (..., C) → (..., min(5, C))."""
+    return logits.topk(min(5, logits.shape[-1]), dim=-1).indices
 
 
 class Log:

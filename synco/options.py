@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable
 
 from synco.errors import UserError
@@ -41,6 +42,22 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else '%(default)s'})"
 
 
+class Several(argparse.Action):
+    """Of a flag with nargs="+": one value as it is, several as a list; no two may be equal."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        names = [f"{value:.12g}" for value in values]
+        for name in names:
+            if names.count(name) > 1:
+                raise argparse.ArgumentError(self, f"{name} is given twice")
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
+def listed(value: float | list[float]) -> list[float]:
+    """The values of a flag that takes `Several`."""
+    return value if isinstance(value, list) else [value]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, raised as `UserError`, and that takes no abbreviated flags.
 
@@ -54,6 +71,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but a last word that is no number is none of a flag's several: `--lr 1 3 DATA`."""
+        words = list(sys.argv[1:] if args is None else args)
+        several = {name for action in self._actions if action.nargs in ("+", "*") for name in action.option_strings}
+        flags = [word for word in words if word.startswith("-") and not _is_number(word)]
+        if flags and flags[-1] in several - {*words[-2:]} and not _is_number(words[-1]):
+            words.insert(-1, "--")
+        return super().parse_args(words, namespace)
 
     def identity(self, *names: str, **settings) -> None:
         """Declare a flag that says what a run is, as `add_argument` does."""
@@ -137,6 +163,14 @@ def number(kind: type, low: float | None = None, high: float | None = None, *, a
     return parse
 
 
+def _is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def pair(low: float, high: float) -> Callable:
     """An argparse type: two numbers MIN,MAX with low < MIN <= MAX <= high."""
 
@@ -209,11 +243,8 @@ def add_data(parser: Parser, *, positional: bool = True) -> None:
     """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
     identity, free = parser.identity, parser.free
     if positional:
-        free(
-            "data",
-            metavar="DATA",
-            help="folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie",
-        )
+        where = "folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie"
+        free("data", metavar="DATA", help=where)
     identity(
         "--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets"
     )
@@ -233,12 +264,8 @@ def add_data(parser: Parser, *, positional: bool = True) -> None:
     )
     identity("--stats", choices=STATS, help="whose mean and deviation normalise the images (unset: those of --dataset)")
     free("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
-    free(
-        "--worker-timeout",
-        default=600,
-        type=number(int, 0, LONGEST),
-        help="seconds to wait for a batch of images; 0: for ever",
-    )
+    waiting = "seconds to wait for a batch of images; 0: for ever"
+    free("--worker-timeout", default=600, type=number(int, 0, LONGEST), help=waiting)
 
 
 def add_speed(parser: Parser) -> None:
@@ -314,14 +341,8 @@ def add_run(parser: Parser, *, epochs: int, batch_size: int, save_dir: str | Non
 
 def add_skipping(parser: Parser) -> None:
     """What to do about training images that cannot be read."""
-    free = parser.free
-    free(
-        "--skip-bad-images",
-        default=0,
-        type=number(int, 0),
-        metavar="N",
-        help="training images that cannot be read and are replaced by the next; more end the run",
-    )
+    what = "training images that cannot be read and are replaced by the next; more end the run"
+    parser.free("--skip-bad-images", default=0, type=number(int, 0), metavar="N", help=what)
 
 
 def check_run(args) -> None:

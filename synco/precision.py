@@ -1,7 +1,5 @@
 """How the networks compute: in which precision and memory layout, and compiled or not (`options.add_speed`)."""
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn as nn
 
@@ -57,16 +55,20 @@ class Precision:
         self,
         loss: torch.Tensor,
         optimizer: torch.optim.Optimizer,
-        parameters: Iterable[nn.Parameter],
+        parameters: list[nn.Parameter] | list[list[nn.Parameter]],
         clip: float | None = None,
     ) -> torch.Tensor:
         """Put a loss's gradient into the parameters, cut down to the norm `clip` → its norm before, a 0-dim tensor.
 
+        loss: 0-dim, or those of several heads (heads,) whose parameters are a list each: so are the norms, not cut.
         optimizer: the parameters'. With fp16 a gradient that is not finite counts as 0: `step` leaves it out.
         """
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss.sum()).backward()
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else metrics.gradient_norm(parameters)
+        if loss.ndim:
+            norm = torch.stack([metrics.gradient_norm(weights) for weights in parameters])
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else metrics.gradient_norm(parameters)
         return norm.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else norm
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:

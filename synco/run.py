@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from synco import checkpoint, distributed, files, loader, metrics, options, signals
+from synco import checkpoint, distributed, files, loader, measures, metrics, options, signals
 from synco.agreement import Agreement
 from synco.errors import Failure, Preempted, UserError
 from synco.folder import CONFIG, NONFINITE, RunFiles, RunFolder
-
-COLUMNS = {"acc1": "acc@1", "acc5": "acc@5", "acc1_real": "real acc@1"}  # of a progress line, as far as a run has them
 
 
 class Run:
@@ -68,7 +66,8 @@ class Run:
         """Take over what the checkpoint holds, make the folders, and print and store what is about to run.
 
         batches: a `loader.train_loader`; total: steps of the whole run; state: {key in the checkpoint: an object with
-        state_dict and load_state_dict}: the model under "state_dict", its "optimizer", the `Precision` under "scaler";
+        state_dict and load_state_dict}: the model under "state_dict", its "optimizer", the `Precision` under "scaler",
+        a classifier's `heads.Heads` under "heads";
         facts: what is printed and stored beside the settings; identity: settings beside the flags that must not change;
         rates: the names of the learning rates of the optimiser's first groups; save_freq: epochs between checkpoints
         that follow an epoch's last step; None: they follow its evaluation, and hold its `results`.
@@ -76,16 +75,16 @@ class Run:
         args, process = self.args, self.process
         self.batches, self.reader = batches, batches.dataset.reader
         self.steps_per_epoch, self.total = len(batches), total
-        self.last_epoch = math.ceil(total / self.steps_per_epoch)
+        self.last_epoch, self.heads = math.ceil(total / self.steps_per_epoch), state.get("heads")
         self.state, self.results, self.rate_names, self.save_freq = state, results, rates, save_freq
         options.check_start(args, self.last_epoch)
         self.config = vars(args) | self._settings() | (identity or {})
         changes = options.compare(self.before, self.config, self.kinds, self.path, force=args.force_resume)
         self.reader.mark_unreadable(checkpoint.unreadable(self.saved, self.path, len(self.reader)))
-        self.averages = metrics.Averages()  # since the last print step
+        self.averages = metrics.Averages(self.heads.shape if self.heads else ())  # since the last print step
         self.epoch, self.start = args.start_epoch, 0  # where it goes on: the epoch and the step in it
         self.done = self.epoch * self.steps_per_epoch
-        self.seconds_between = 0.0  # epochs' steps, for evaluation and saving
+        self.seconds_between, self.collapse = 0.0, measures.Collapse()  # epochs' steps, to evaluate and save
         if self.saved:
             self._load()
         self.first_epoch = self.epoch
@@ -126,7 +125,7 @@ class Run:
 
     def _load(self):
         """Take over position and state of the checkpoint. Raises UserError that says what does not fit."""
-        saved, path = self.saved, self.path
+        saved, path, process = self.saved, self.path, self.process
         self.check_keys()
         if saved.get("arch", self.args.arch) != self.args.arch:
             raise UserError(f"{path}: is a checkpoint of {saved['arch']!r}; --arch is {self.args.arch!r}")
@@ -144,7 +143,6 @@ class Run:
             raise UserError(f"{path}: its step is {saved['step']} after {saved['epoch']} of {self.last_epoch} epochs")
         try:
             if saved.get("averages") is not None:
-                process = self.process
                 self.averages.restore(saved["averages"], process.rank, process.world_size, process.device)
             for key in self.state.keys() - {"state_dict", "optimizer"}:
                 self.state[key].load_state_dict(saved.get(key, {}))
@@ -213,21 +211,19 @@ class Run:
     def _report(self, step):
         """At a print step: whether all numbers were finite, a progress line, and a line of the log."""
         numbers = self.averages.read(distributed.mean)
-        if numbers.pop("bad"):
+        if torch.tensor(numbers.pop("bad")).any():
             self._check_finite(step)
         self.state["scaler"].check()
         numbers |= self._rates() | self.pace.read(self.process.world_size)
         if self.process.rank:
             return
-        columns = "".join(f"{title} {numbers[name]:5.2f}  " for name, title in COLUMNS.items() if name in numbers)
-        more = self.seconds_between * (self.last_epoch - step.epoch)
-        print(
-            f"Epoch {step.epoch} [{step.i + 1:{len(str(self.steps_per_epoch))}}/{self.steps_per_epoch}]  "
-            f"loss {numbers['loss']:.4f}  {columns}{numbers['images_per_second']:.0f} images/s  "
-            f"data {numbers['data_share']:.0%}  ETA {self.pace.left(self.total - self.done, more)}",
-            flush=True,
-        )
-        self.log("train", epoch=step.epoch, **numbers, **step.notes.read())
+        shown, numbers = self.heads.report(numbers, step.epoch) if self.heads else ("", numbers)
+        place = f"[{step.i + 1:{len(str(self.steps_per_epoch))}}/{self.steps_per_epoch}]"
+        left = self.pace.left(self.total - self.done, self.seconds_between * (self.last_epoch - step.epoch))
+        print(f"Epoch {step.epoch} {place}  {shown}{metrics.progress(numbers)}  ETA {left}", flush=True)
+        numbers |= step.notes.read()
+        self.collapse.watch(step.epoch, numbers)
+        self.log("train", epoch=step.epoch, **numbers)
 
     def _rates(self):
         return {name: group["lr"] for name, group in zip(self.rate_names, self.state["optimizer"].param_groups)}
@@ -235,16 +231,17 @@ class Run:
     def _check_finite(self, step):
         """Raise FloatingPointError if a loss or gradient was not finite up to this step of the epoch, in any process.
 
-        It names the first such step; nonfinite.json has the images of that step.
+        It names the first such step; nonfinite.json has the images of that step. Of several heads all must be so.
         """
-        first = self.finite.first_bad(distributed.from_all)
-        if first is None:
+        firsts = self.finite.first_bad(distributed.from_all)
+        first = min((first for first in firsts if first is not None), default=None)
+        if first is None or self.heads and self.heads.drop(firsts, step.epoch, self.state["optimizer"]):
             return
         rates = ", ".join(f"{name} {rate:g}" for name, rate in self._rates().items())
-        images = loader.paths_of(self.batches, step.epoch, first)
+        content = {"epoch": step.epoch, "step": first, "noticed": step.i, "rates": rates}
+        content["images"] = loader.paths_of(self.batches, step.epoch, first)
         report, held = self.folder.file(NONFINITE), self.folder.checkpoints()
         if self.process.rank == 0:
-            content = {"epoch": step.epoch, "step": first, "noticed": step.i, "rates": rates, "images": images}
             with contextlib.suppress(OSError):
                 files.write_json(report, content)
         raise FloatingPointError(
@@ -302,6 +299,8 @@ class Run:
     def _write(self, name, averages):
         """Rank 0's part of `_save` → why the file could not be written, or ""."""
         self._log.sync()  # a checkpoint's run takes its lines for written
+        if self.heads:
+            self.heads.publish()
         path, epochs = self.folder.file(name), self.epoch
         if self.save_freq is not None:
             epochs = self.last_epoch if self.done == self.total else self.done // self.steps_per_epoch

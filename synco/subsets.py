@@ -23,6 +23,13 @@ SECONDS = 60  # for a download
 WNID = re.compile(r"n\d{8}")  # the name of one of ImageNet's classes
 
 
+def labelled(images: datasets.Images, *, percent: int, seed: int, file: str | None = None) -> datasets.Images:
+    """`subset`, which says how many images it takes and where the list is from."""
+    part, source = subset(images, percent, seed, file)
+    distributed.say(f"{'labels':18} {len(part)} of {len(images)} images: {source}")
+    return part
+
+
 def subset(images: datasets.Images, percent: int, seed: int, file: str | None = None) -> tuple[datasets.Images, str]:
     """The labelled part of a training folder → (`Images`, where the list is from, in words).
 

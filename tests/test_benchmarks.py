@@ -12,6 +12,7 @@ SMALLEST = {
     "input.py DATA --repeat 1 --img-size 16": ("ratio",),
     "startup.py --files 300 --classes 3": ("ratio",),
     f"step.py -a {ARCH} -b 4 --img-size 32 --moco-k 1024 --repeat 1": ("results", "batch_size"),
+    f"heads.py -a {ARCH} -b 4 --lr 1 3 --repeat 1": ("ratio", "heads"),
     "comm.py -w 2 -b 4 --img-size 8 --steps 2": (),
 }
 

@@ -67,7 +67,7 @@ def a_step(N=6, C=8, synthetic=None):
     q, k, queue = unit(N, C).requires_grad_(), unit(N, C), unit(K, C)
     synthetic = unit(N, S, C) if synthetic is None else synthetic(q.detach(), k, queue)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T, torch.einsum("nc,nsc->ns", q, synthetic)], dim=1) / T
-    return q, logits, Inspection(k, queue, torch.arange(K), torch.arange(N), synthetic)
+    return q, logits, Inspection(q, k, queue, torch.arange(K), torch.arange(N), synthetic)
 
 
 def test_leakage():

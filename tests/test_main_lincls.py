@@ -73,9 +73,9 @@ def test_an_epoch_whose_weights_could_not_be_kept_is_not_the_best(data, pretrain
     """What result.json calls the best is what model_best_lincls.pth.tar holds."""
     tops, validate, replace, saves = iter((10.0, 30.0, 20.0)), classifier.validate, os.replace, [0]
 
-    def better_and_worse(*args):
-        numbers, confusion = validate(*args)
-        return numbers | {"top1": next(tops)}, confusion
+    def better_and_worse(*args, **settings):
+        [(numbers, confusion)] = validate(*args, **settings)
+        return [(numbers | {"top1": next(tops)}, confusion)]
 
     def full_at_times(source, target):
         saves[0] += os.path.basename(target) == BEST
@@ -529,12 +529,13 @@ def test_stem_and_statistics_come_from_the_checkpoint(program, programs, tool, d
     assert status == 0, err
     path = tmp_path / "pre" / "checkpoint_0000.pth.tar"
     common = ["-a", "resnet18", "-j", 0, "-b", 8, "--epochs", 1, "--pretrained", path]
-    for name, more in (("main_lincls", []), ("main_semisup", ["--train-percent", 100])):
+    for name, more in (("main_lincls", ["--lr", 0.1]), ("main_semisup", ["--train-percent", 100])):
         status, out, err = programs(name, *common, *more, "--save-dir", tmp_path / name, data)
         assert (status, err) == (0, ""), err
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert (config["stem"], config["stats"], config["img_size"]) == ("cifar", "cifar10", 32)
-    status, _, err = programs("main_lincls", *common, "--stats", "imagenet", "--save-dir", tmp_path / "x", data)
+    more = ["--lr", 0.1, "--stats", "imagenet"]
+    status, _, err = programs("main_lincls", *common, *more, "--save-dir", tmp_path / "x", data)
     assert status == 0 and err == f"main_lincls.py: warning: --stats imagenet: {path} is of a run with cifar10\n"
     status, _, err = programs("main_lincls", *common, "--stem", "imagenet", "--save-dir", tmp_path / "y", data)
     assert status == 2 and err.count("\n") == 1 and "conv1.weight" in err and "(64, 3, 3, 3)" in err
