@@ -104,12 +104,12 @@ def test_an_interrupted_run_of_several_ends_bit_identical(
 
 
 def test_several_processes_train_the_same_heads(data, pretrained, tmp_path):
-    spawn = "--multiprocessing-distributed --nproc-per-node 2".split()
-    base = [*spawn, *FLAGS, "--epochs", 1, "--pretrained", pretrained, "--save-dir"]
+    base = [*FLAGS, "--epochs", 1, "--pretrained", pretrained, "--save-dir"]
     contents = []
     for rates in ((1.0, 30.0), (30.0,)):
-        run = command("main_lincls.py", *base, tmp_path / str(len(rates)), "--lr", *rates, data)
-        assert run.returncode == 0, run.stderr
+        folder = tmp_path / str(len(rates))
+        statuses, _, err = program_of(2, "main_lincls", *base, folder, "--lr", *rates, data)
+        assert statuses == [0, 0], err
         contents.append(checkpoint.load(str(tmp_path / str(len(rates)) / LAST)))
     assert same(*contents, "lr30")
 
