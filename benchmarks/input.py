@@ -46,11 +46,11 @@ def parse():
 def decoders():
     """The ways to decode a file that keep PIL's pixels, as far as they are installed: {name: path → pixels}."""
     found = {
-        "PIL": decode.read_image,
+        "PIL": lambda path: decode.read_image(decode.content_of(path), path),
         "torchvision.io": lambda path: torchvision.io.decode_jpeg(
             torchvision.io.read_file(path), mode=torchvision.io.ImageReadMode.RGB
         ),
-        "synco.decode.read_uint8": decode.read_uint8,
+        "synco.decode.read_uint8": lambda path: decode.read_uint8(decode.content_of(path), path),
     }
     try:
         import simplejpeg

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from synco import decode, distributed, index
-from synco.decode import open_image, read_image, unreadable_named
+from synco.decode import open_image, unreadable_named
 from synco.distributed import usable_cpus
 from synco.errors import UserError
 
@@ -89,7 +89,7 @@ class Images(Dataset):
         other = copy.copy(self)
         if isinstance(self._read, _Files):
             other._read = copy.copy(self._read)
-            other._read.read = decode.read_uint8
+            other._read.decode = decode.read_uint8
         return other
 
     def file(self, position: int) -> str | None:
@@ -99,10 +99,13 @@ class Images(Dataset):
 
 
 class _Files:
-    """Reads the images of a folder by their names in it; says once if images of more than 8 bits are among them."""
+    """Reads the images of a folder by their names in it; says once if images of more than 8 bits are among them.
 
-    def __init__(self, folder, names, read=read_image):
-        self.folder, self.names, self.read = folder, names, read
+    decode: the function of (a file's bytes, its name for messages, what to call of an image of more than 8 bits).
+    """
+
+    def __init__(self, folder, names, decode=decode.read_image):
+        self.folder, self.names, self.decode = folder, names, decode
         self.said = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any worker
 
     def path(self, number):
@@ -110,12 +113,13 @@ class _Files:
         return os.path.join(self.folder, self.names[number])
 
     def __call__(self, number):
-        return self.read(self.path(number), self._say_scaled)
+        path = self.path(number)
+        return self.decode(decode.content_of(path), path, self._say_scaled)
 
-    def _say_scaled(self, path):
+    def _say_scaled(self, name):
         if not self.said:
             self.said[0] = True
-            distributed.warn(f"{path}: has more than 8 bits a pixel; it and its like are scaled to 8 (decode.to_rgb)")
+            distributed.warn(f"{name}: has more than 8 bits a pixel; it and its like are scaled to 8 (decode.to_rgb)")
 
 
 class _Arrays:
@@ -318,7 +322,7 @@ def cache(splits: Iterable[Images], local_size: int, tolerant: bool = False) -> 
 
     def size_of(path):
         try:
-            return _size(path)
+            return _size(decode.content_of(path), path)
         except UserError:
             if not tolerant:
                 raise
@@ -344,7 +348,7 @@ def cache(splits: Iterable[Images], local_size: int, tolerant: bool = False) -> 
             starts = ends - 3 * size.prod(axis=1)
             pixels, errors = torch.empty(int(ends[-1]), dtype=torch.uint8), {}
 
-            def decode(position, images=images, pixels=pixels, starts=starts, ends=ends, errors=errors):
+            def keep(position, images=images, pixels=pixels, starts=starts, ends=ends, errors=errors):
                 try:
                     found = np.asarray(images.image(position))
                 except UserError as error:
@@ -354,13 +358,13 @@ def cache(splits: Iterable[Images], local_size: int, tolerant: bool = False) -> 
                     return
                 pixels[starts[position] : ends[position]] = torch.from_numpy(found.reshape(-1).copy())
 
-            list(pool.map(decode, range(len(images))))
+            list(pool.map(keep, range(len(images))))
             images._read, images._numbers = _Cached(pixels, starts, size, errors), range(len(images))
 
 
-def _size(path):
-    """(width, height) of the image in a file, from its header. Raises UserError that names a file without one."""
-    with unreadable_named(path), open_image(path) as image:
+def _size(content, name):
+    """(width, height) of the image in a file's content, from its header. Raises UserError that names one without."""
+    with unreadable_named(name), open_image(content, name) as image:
         return image.size
 
 

@@ -1,6 +1,7 @@
-"""From an image's file to its pixels: RGB by PIL, or uint8 tensors; what cannot be read is named."""
+"""From an image's bytes to its pixels: RGB by PIL, or uint8 tensors; what cannot be read is named."""
 
 import contextlib
+import io
 import struct
 from collections.abc import Callable, Iterator
 
@@ -20,37 +21,43 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def read_image(path: str, when_scaled: Callable[[str], None] | None = None) -> Image.Image:
-    """The image in a file, as RGB. Raises UserError that names a file which cannot be read.
+def read_image(content: bytes, name: str, when_scaled: Callable[[str], None] | None = None) -> Image.Image:
+    """The image in a file's content, as RGB. Raises UserError that names what cannot be read.
 
-    when_scaled: called with the path of an image whose pixels have more than 8 bits, see `to_rgb`.
+    name: of the file, or what else messages call it; when_scaled: called with the name of an image whose pixels have
+    more than 8 bits, see `to_rgb`.
     """
-    with unreadable_named(path), open_image(path) as image:
+    with unreadable_named(name), open_image(content, name) as image:
         if when_scaled and image.mode in DEEP:
-            when_scaled(path)
+            when_scaled(name)
         return to_rgb(image)
 
 
+def content_of(path: str) -> bytes:
+    """The content of an image's file. Raises UserError that names a file which cannot be read."""
+    with unreadable_named(path), files.open_regular(path) as file:
+        return file.read()
+
+
 @contextlib.contextmanager
-def unreadable_named(path: str) -> Iterator[None]:
-    """What is raised in reading an image becomes a UserError that names its file."""
+def unreadable_named(name: str) -> Iterator[None]:
+    """What is raised in reading an image becomes a UserError that names it."""
     try:
         yield
     except UNREADABLE as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({why})") from error
+        raise UserError(f"{name}: cannot be read as an image ({why})") from error
 
 
 @contextlib.contextmanager
-def open_image(path: str) -> Iterator[Image.Image]:
-    """PIL's image of a file, of which it has read the header. Raises any of `UNREADABLE`."""
-    with files.open_regular(path) as file:
-        try:
-            image = Image.open(file)
-        except UnidentifiedImageError:
-            raise UnidentifiedImageError(f"cannot identify image file {path!r}") from None
-        with image:
-            yield image
+def open_image(content: bytes, name: str) -> Iterator[Image.Image]:
+    """PIL's image of a file's content, of which it has read the header. Raises any of `UNREADABLE`."""
+    try:
+        image = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"cannot identify image file {name!r}") from None
+    with image:
+        yield image
 
 
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # PIL's modes of one channel of more than 8 bits
@@ -74,22 +81,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
-def read_uint8(path: str, when_scaled: Callable[[str], None] | None = None) -> torch.Tensor:
-    """The image in a file as a uint8 tensor (3, H, W), with the pixels of `read_image`.
+def read_uint8(content: bytes, name: str, when_scaled: Callable[[str], None] | None = None) -> torch.Tensor:
+    """The image in a file's content as a uint8 tensor (3, H, W), with the pixels of `read_image`.
 
     JPEG files go through torchvision's decoder: it is libjpeg-turbo, as PIL's is, and makes the tensor without a copy.
-    Raises UserError that names a file which cannot be read. when_scaled: as for `read_image`.
+    Raises UserError that names what cannot be read. name, when_scaled: as for `read_image`.
     """
     try:
-        with open_image(path) as image:  # refuses monstrous sizes
+        with open_image(content, name) as image:  # refuses monstrous sizes
             # the decoder is deprecated since torchvision 0.29: PIL does as well, at 0.9 of the speed
             if image.format == "JPEG" and hasattr(torchvision.io, "decode_jpeg"):
-                image.fp.seek(0)
-                content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
-                return torchvision.io.decode_jpeg(content, mode=torchvision.io.ImageReadMode.RGB)
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
     except UNREADABLE:
         pass  # PIL's word decides whether the file is good, and which is its fault
-    return to_uint8(read_image(path, when_scaled))
+    return to_uint8(read_image(content, name, when_scaled))
 
 
 def to_uint8(image: Image.Image | torch.Tensor) -> torch.Tensor:

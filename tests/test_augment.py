@@ -192,9 +192,11 @@ def test_views_do_not_depend_on_workers_and_batch(crops):
 def test_files_are_read_with_pils_pixels(tmp_path, mode, format):
     path = str(tmp_path / "image")
     smooth(1, (61, 47)).convert(mode).save(path, format)
-    expected = np.asarray(decode.read_image(path)).transpose(2, 0, 1)
-    assert decode.read_uint8(path).dtype == torch.uint8
-    np.testing.assert_array_equal(decode.read_uint8(path), expected)
+    content = decode.content_of(path)
+    expected = np.asarray(decode.read_image(content, path)).transpose(2, 0, 1)
+    found = decode.read_uint8(content, path)
+    assert found.dtype == torch.uint8
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -206,9 +208,9 @@ def test_damaged_files_are_named(tmp_path, damage):
     path = tmp_path / "bad.jpg"
     path.write_bytes(damage(whole.getvalue()))
     with pytest.raises(UserError, match="bad.jpg: cannot be read as an image"):
-        decode.read_uint8(str(path))
+        decode.read_uint8(path.read_bytes(), str(path))
     with pytest.raises(UserError, match="none.jpg: cannot be read as an image"):
-        decode.read_uint8(str(tmp_path / "none.jpg"))
+        decode.content_of(str(tmp_path / "none.jpg"))
 
 
 def test_what_the_device_cannot_do_is_named():

@@ -298,7 +298,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(uneven, monkey
     datasets.cache([images], 2)
     fresh = datasets.image_folder(uneven, "train")
     monkeypatch.setattr(datasets, "free_memory", lambda: needed * 2 / 0.9 - 1)
-    monkeypatch.setattr(datasets, "read_image", lambda path: pytest.fail("an image was read"))
+    monkeypatch.setattr(datasets.Images, "image", lambda self, position: pytest.fail("an image was read"))
     with pytest.raises(UserError, match="--cache-images: they take 0.00 GB, 2 times on this node, and 0.00"):
         datasets.cache([fresh], 2)
 
@@ -324,9 +324,9 @@ def test_a_limit_on_any_control_group_above_counts(tmp_path):
 def _free(rank):
     """The verdict where the first process has been told of more memory than the second."""
     datasets.free_memory = lambda: 10**9 if rank == 0 else 0
-    read = datasets._Files(ROOT / "tests", ["0"], lambda path, when_scaled: Image.new("RGB", (2, 2), (1, 2, 3)))
+    read = datasets._Files(ROOT, ["LICENSE"], lambda *_: Image.new("RGB", (2, 2), (1, 2, 3)))
     images = datasets.Images("x", ["c"], ["c/0"], [0], read)
-    datasets._size = lambda path: (2, 2)
+    datasets._size = lambda content, name: (2, 2)
     datasets.cache([images], 2)
     return np.asarray(images[0][0])[0, 0].tolist()
 

@@ -25,6 +25,10 @@ from synco.distributed import Process, seed_of
 from synco.errors import Failure, UserError
 
 
+def read(path, reader=decode.read_image):
+    return reader(decode.content_of(path), path)
+
+
 def test_unreadable_images_are_named(tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(whole)
@@ -35,13 +39,13 @@ def test_unreadable_images_are_named(tmp_path):
     for name, data in damaged.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: cannot be read as an image") as error:
-            decode.read_image(str(tmp_path / name))
+            read(str(tmp_path / name))
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="none.jpg: cannot be read"):
-        decode.read_image(str(tmp_path / "none.jpg"))
-    assert decode.read_image(str(whole)).mode == "RGB"
+        read(str(tmp_path / "none.jpg"))
+    assert read(str(whole)).mode == "RGB"
     Image.new("LA", (30, 30)).save(tmp_path / "gray.png")
-    assert decode.read_image(str(tmp_path / "gray.png")).mode == "RGB"
+    assert read(str(tmp_path / "gray.png")).mode == "RGB"
 
 
 def test_formats_that_pil_cannot_decode_are_named(tmp_path):
@@ -51,9 +55,9 @@ def test_formats_that_pil_cannot_decode_are_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[80:88] = b"\4\0\0\0ABCD"  # flags: what follows is a compression's name
     path.write_bytes(content)
-    for read in (decode.read_image, decode.read_uint8, datasets._size):
+    for reader in (decode.read_image, decode.read_uint8, datasets._size):
         with pytest.raises(UserError, match="x.jpg: cannot be read as an image"):
-            read(str(path))
+            read(str(path), reader)
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "/dev/zero"])
@@ -61,14 +65,14 @@ def test_what_is_no_regular_file_is_neither_an_image_nor_a_list(tmp_path, name):
     path = os.path.join(tmp_path, name)
     if name == "pipe.jpg":
         os.mkfifo(path)  # whose reader waits for a writer
-    for read in (decode.read_image, decode.read_uint8, datasets._size, subsets.read_list):
+    for reader in (decode.content_of, subsets.read_list):
         with pytest.raises(UserError, match=f"{name}: .*not a regular file"):
-            read(path)
+            reader(path)
 
 
 def test_a_message_has_one_line_whatever_the_name(tmp_path):
     with pytest.raises(UserError) as error:
-        decode.read_image(str(tmp_path / "a\nb\x1b[2Jc\u2028.jpg"))
+        read(str(tmp_path / "a\nb\x1b[2Jc\u2028.jpg"))
     assert rf"{tmp_path}/a\nb\x1b[2Jc\u2028.jpg: cannot be read as an image" in str(error.value)
 
 
@@ -91,9 +95,9 @@ def test_more_than_8_bits_are_scaled_to_8(tmp_path, kind, format):
     pixels, expected = deep(kind)
     path = str(tmp_path / "x.png")
     Image.fromarray(pixels).save(path, format)
-    found = np.asarray(decode.read_image(path))
+    found = np.asarray(read(path))
     np.testing.assert_allclose(found, np.repeat(expected[:, :, None], 3, axis=2), atol=0.51)
-    assert np.array_equal(decode.read_uint8(path), found.transpose(2, 0, 1))
+    assert np.array_equal(read(path, decode.read_uint8), found.transpose(2, 0, 1))
 
 
 def test_floats_without_a_range_are_images_all_the_same():
