@@ -44,24 +44,19 @@ def parse():
 
 
 def decoders():
-    """The ways to decode a file that keep PIL's pixels, as far as they are installed: {name: path → pixels}."""
+    """The ways to decode a JPEG that keep PIL's pixels, if they are installed: {name: (bytes, name) → pixels}."""
     found = {
-        "PIL": lambda path: decode.read_image(decode.content_of(path), path),
-        "torchvision.io": lambda path: torchvision.io.decode_jpeg(
-            torchvision.io.read_file(path), mode=torchvision.io.ImageReadMode.RGB
+        "PIL": decode.read_image,
+        "torchvision.io": lambda content, _: torchvision.io.decode_jpeg(
+            torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=torchvision.io.ImageReadMode.RGB
         ),
-        "synco.decode.read_uint8": lambda path: decode.read_uint8(decode.content_of(path), path),
+        "synco.decode.read_uint8": decode.read_uint8,
     }
     try:
         import simplejpeg
     except ImportError:
         return found
-
-    def turbo(path):
-        with open(path, "rb") as file:
-            return simplejpeg.decode_jpeg(file.read())
-
-    return found | {"simplejpeg": turbo}
+    return found | {"simplejpeg": lambda content, _: simplejpeg.decode_jpeg(content)}
 
 
 def take_turns(versions, parts, repeat):
@@ -80,8 +75,7 @@ def main(args):
     torch.set_num_threads(1)
     folder, split = os.path.split(os.path.abspath(args.folder))
     pil = datasets.image_folder(folder, split)
-    paths = [pil.file(i) for i in range(len(pil))]
-    chosen = random.Random(0).sample(range(len(paths)), min(args.images, len(paths)))
+    chosen = random.Random(0).sample(range(len(pil)), min(args.images, len(pil)))
     parts = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
 
     augmentation = augment.augmentation(args.img_size)
@@ -94,12 +88,13 @@ def main(args):
     }
     workers = take_turns(collated, parts, args.repeat)
 
-    jpegs = [path for i in chosen if (path := paths[i]).lower().endswith((".jpg", ".jpeg"))]
+    jpegs = [(pil.content(i), pil.where(i)) for i in chosen if pil.names[i].lower().endswith((".jpg", ".jpeg"))]
     decoded = {}
     if jpegs:
         rounds = [jpegs[i : i + args.batch] for i in range(0, len(jpegs), args.batch)]
         each = {
-            name: lambda part, decode=decode: [decode(path) for path in part] for name, decode in decoders().items()
+            name: lambda part, decode=decode: [decode(*encoded) for encoded in part]
+            for name, decode in decoders().items()
         }
         decoded = take_turns(each, rounds, args.repeat)
 

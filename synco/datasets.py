@@ -1,10 +1,9 @@
 """Data sets: a folder in ImageNet's layout, or one of torchvision's by name, all as `Images`."""
 
 import argparse
-import collections
 import concurrent.futures
 import copy
-import hashlib
+import functools
 import http.client
 import lzma
 import os
@@ -21,7 +20,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 
-from synco import decode, distributed, index
+from synco import decode, distributed, imagenet, index, layouts, options, parts, tars
 from synco.decode import open_image, unreadable_named
 from synco.distributed import usable_cpus
 from synco.errors import UserError
@@ -85,36 +84,53 @@ class Images(Dataset):
         return other
 
     def as_uint8(self) -> "Images":
-        """The same images as uint8 tensors (3, H, W), as far as they lie in files of their own."""
+        """The same images as uint8 tensors (3, H, W), as far as they are encoded somewhere."""
         other = copy.copy(self)
-        if isinstance(self._read, _Files):
+        if self.has_bytes():
             other._read = copy.copy(self._read)
             other._read.decode = decode.read_uint8
         return other
 
-    def file(self, position: int) -> str | None:
-        """The path of an image's file, None where images do not lie in files of their own."""
-        path = getattr(self._read, "path", None)
-        return path(self._numbers[position]) if path else None
+    def where(self, position: int) -> str:
+        """What messages call an image: its path, or that of a tar file or of the data set with its name."""
+        number = self._numbers[position]
+        return self._read.where(number) if self.has_bytes() else f"{self.root}: {self.names[position]}"
+
+    def has_bytes(self) -> bool:
+        """Whether the images are encoded somewhere, in files of their own or in others."""
+        return isinstance(self._read, _Stored)
+
+    def content(self, position: int) -> bytes:
+        """An image's bytes, where it has some. Raises UserError that names a file which cannot be read."""
+        return self._read.content(self._numbers[position])
 
 
-class _Files:
-    """Reads the images of a folder by their names in it; says once if images of more than 8 bits are among them.
+class _Stored:
+    """Reads the images of an index where they lie; says once if images of more than 8 bits are among them.
 
     decode: the function of (a file's bytes, its name for messages, what to call of an image of more than 8 bits).
     """
 
-    def __init__(self, folder, names, decode=decode.read_image):
-        self.folder, self.names, self.decode = folder, names, decode
+    def __init__(self, index, decode=decode.read_image):
+        self.index, self.decode = index, decode
         self.said = torch.zeros(1, dtype=torch.bool).share_memory_()  # by any worker
+        self.tars = tars.Reader()
 
-    def path(self, number):
-        """The file of image `number`."""
-        return os.path.join(self.folder, self.names[number])
+    def where(self, number):
+        """What messages call image `number`: the path of its file, or a tar file's with its own name."""
+        place = self.index.place(number)
+        return place.path if place.count is None else f"{place.path}: {self.index[number]}"
+
+    def content(self, number):
+        """The bytes of image `number`. Raises UserError that names a file which cannot be read."""
+        place = self.index.place(number)
+        if place.count is None:
+            return decode.content_of(place.path)
+        with unreadable_named(self.where(number)):
+            return self.tars.read(place)
 
     def __call__(self, number):
-        path = self.path(number)
-        return self.decode(decode.content_of(path), path, self._say_scaled)
+        return self.decode(self.content(number), self.where(number), self._say_scaled)
 
     def _say_scaled(self, name):
         if not self.said:
@@ -174,29 +190,48 @@ def load(args: argparse.Namespace, split: str) -> Images:
     Raises UserError where the data set is missing or damaged, or has no N images to spare.
     """
     source = "train" if args.hold_out and split == "val" else split
-    if args.dataset == "imagefolder":
-        images = image_folder(args.data, "train" if source == "pretrain" else source)
+    if args.dataset in options.LAYOUTS:
+        images = stored(_find(args, "val" if source == "val" else "train", labelled=split != "pretrain"))
     else:
         images = _named(args, source)
     if args.hold_out and not (split == "pretrain" and args.dataset == "stl10"):  # whose unlabelled images are others
-        images = _held_out(images, split == "val", args.hold_out, args.split_seed)
-    return limited(images, args.limit_images, args.split_seed) if args.limit_images else images
+        images = parts.held_out(images, split == "val", args.hold_out, args.split_seed)
+    return parts.limited(images, args.limit_images, args.split_seed) if args.limit_images else images
+
+
+def _find(args, split, labelled):
+    """The index of a split's images in the layout that the flags name. labelled: whether labels are needed."""
+    lists = {"train": args.train_list, "val": args.val_list}
+    if lists[split]:
+        found = layouts.listed(args.data, split, lists.pop(split), *lists.values())
+    elif args.dataset == "imagenet":
+        found = imagenet.find(args.data, split)
+    elif args.dataset == "shards":
+        found = layouts.shards(args.data, split)
+    else:
+        found = layouts.folder(args.data, split, labelled)
+    if not found.labelled:
+        if labelled:
+            raise UserError(f"{found.root}: its {split} images have no labels, which kNN, probes and maps need")
+        distributed.say(f"{'images':18} {len(found)} in {found.root}, without labels")
+    return found
+
+
+def stored(places: index.Index) -> Images:
+    """The images of an index, read where they lie."""
+    return Images(places.root, places.classes, places, places.targets(), _Stored(places))
 
 
 def image_folder(root: str | os.PathLike, split: str) -> Images:
     """The images under root/split/CLASS/ → Images. Raises UserError where a folder or the images are missing."""
-    root = os.fspath(root)
-    folder = os.path.join(root, split)
-    if not os.path.isdir(root):
-        raise UserError(f"{root}: no such folder; it should hold {split}/CLASS/IMAGE")
-    if not os.path.isdir(folder):
-        raise UserError(f"{root}: has no folder {split!r} in it; it should hold {split}/CLASS/IMAGE")
-    names = index.open_index(folder)
-    return Images(folder, names.classes, names, names.targets(), _Files(folder, names))
+    return stored(layouts.folder(os.fspath(root), split))
 
 
 def same_classes(train: Images, val: Images, root: str | os.PathLike) -> None:
-    """Raise UserError that lists the classes which only one of two `Images` under `root` has."""
+    """Raise UserError that lists the classes which only one of two `Images` under `root` has, or if one has none."""
+    for images in (train, val):
+        if not images.classes:
+            raise UserError(f"{images.root}: its images have no labels, which kNN, probes and maps need")
     one_sided = [(name, "train") for name in set(train.classes) - set(val.classes)]
     one_sided += [(name, "val") for name in set(val.classes) - set(train.classes)]
     if one_sided:
@@ -238,9 +273,10 @@ def _named(args, split):
     if name == "caltech256":
         folder = os.path.join(found.root, "256_ObjectCategories")
         names = [f"{found.categories[y]}/{y + 1:03}_{i:04}.jpg" for y, i in zip(found.y, found.index)]
-        images = Images(folder, found.categories, names, list(found.y), _Files(folder, names))
+        places = index.of_names(folder, names)  # in the same order
+        images = Images(folder, found.categories, names, list(found.y), _Stored(places))
         _count(args, images, 30607)
-        return _fifth(images, split == "val", args.split_seed)
+        return parts.fifth(images, split == "val", args.split_seed)
     if split == "pretrain" and name == "stl10":
         classes, targets = ["unlabeled"], [0] * len(found)
     else:
@@ -263,53 +299,6 @@ def _count(args, images, wanted):
         distributed.warn(f"--dataset {args.dataset}: {images.root} holds {len(images)} of {wanted} images; {remedy}")
 
 
-# ------------------------------------------------------------------------------------------------------ parts of them
-
-
-def by_class(images: Images, purpose: str) -> list[list[int]]:
-    """The positions of each class's images, [[...], ...], in an order that `purpose` and the names alone determine."""
-    of_class = collections.defaultdict(list)
-    for position, label in enumerate(images.targets):
-        of_class[label].append(position)
-
-    def key(position):
-        return hashlib.sha256(os.fsencode(f"{purpose}/{images.names[position]}")).digest()
-
-    return [sorted(of_class[label], key=key) for label in sorted(of_class)]
-
-
-def _fifth(images, val, seed):
-    """A fifth of every class, which is Caltech-256's val here, or all the others."""
-    chosen = []
-    for positions in by_class(images, f"{seed}/val"):
-        count = round(len(positions) / 5)
-        chosen += positions[:count] if val else positions[count:]
-    return images.subset(sorted(chosen))
-
-
-def _held_out(images, val, count, seed):
-    """`count` of the images, class-balanced, or all the others."""
-    if count >= len(images):
-        raise UserError(f"--hold-out {count}: {images.root} has {len(images)} images to train on and hold out of")
-    chosen = _in_turn(images, f"{seed}/hold-out")[:count]
-    return images.subset(sorted(chosen if val else set(range(len(images))) - set(chosen)))
-
-
-def limited(images: Images, count: int, seed: int) -> Images:
-    """The first `count` images of a class-balanced order that is drawn from `seed`: one of each class in turn.
-
-    A smaller count gives a part of what a larger one gives. Of fewer images, all.
-    """
-    return images.subset(sorted(_in_turn(images, f"{seed}/limit")[:count]))
-
-
-def _in_turn(images, purpose):
-    """All positions, one of each class in turn, as `by_class` orders them."""
-    orders = by_class(images, purpose)
-    turns = sorted((turn, label) for label, positions in enumerate(orders) for turn in range(len(positions)))
-    return [orders[label][turn] for turn, label in turns]
-
-
 # ------------------------------------------------------------------------------------------------------ in memory
 
 
@@ -320,20 +309,20 @@ def cache(splits: Iterable[Images], local_size: int, tolerant: bool = False) -> 
     Says how much that is. Raises UserError, before it reads them, if more than nine tenths of the free memory.
     """
 
-    def size_of(path):
+    def size_of(images, position):
         try:
-            return _size(decode.content_of(path), path)
+            return _size(images.content(position), images.where(position))
         except UserError:
             if not tolerant:
                 raise
             return 0, 0
 
-    splits = [images for images in splits if isinstance(images._read, _Files)]
+    splits = [images for images in splits if images.has_bytes()]
     if not splits:
         distributed.say(f"{'cached images':18} all, as this data set always is")
         return
     with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:  # PIL decodes without Python's lock
-        sizes = [np.array(list(pool.map(size_of, map(images.file, range(len(images)))))) for images in splits]
+        sizes = [np.array(list(pool.map(functools.partial(size_of, images), range(len(images))))) for images in splits]
         needed = sum(3 * int(size.prod(axis=1).sum()) for size in sizes)
         free = distributed.from_rank_0(free_memory())  # one verdict, from before any process has filled its own
         each = f", {local_size} times on this node" if local_size > 1 else ""

@@ -191,6 +191,15 @@ def from_rank_0(value: Any) -> Any:
     return pickle.loads(store.get(key))
 
 
+def broadcast(value: Any) -> Any:
+    """Rank 0's value (any picklable object, however large), in every process, which must call this at the same time."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def barrier() -> None:
     """Wait until every process has come here, at the store as `from_rank_0` does, however long that takes."""
     if dist.is_initialized():

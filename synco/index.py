@@ -1,10 +1,11 @@
-"""The index of a folder of images: which files it holds, of which classes; made once, kept in a cache, shared.
+"""The index of a data set: its images' names, their classes, and where they lie; made once, kept in a cache, shared.
 
 Listing 1.28 million files takes seconds on a local disk and minutes on a network's. The index of such a folder is
 kept in the user's cache folder, never in the data's, and is mapped into memory: the processes of a node and their
 workers hold it once, and no list of a million strings is copied.
 """
 
+import collections
 import contextlib
 import hashlib
 import os
@@ -12,17 +13,19 @@ import pathlib
 import pickle
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from synco import checkpoint, files
+from synco import checkpoint, distributed, files
 from synco.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
+ARRAYS = ("starts", "offsets", "files", "path_offsets", "paths", "spans", "sizes")  # of an `Index`
 WORTH_IT = 10_000  # images; listing fewer takes a moment
 SETTLED = 2_000_000_000  # ns; a folder that changed this lately may change again within its clock's tick
 
@@ -34,16 +37,49 @@ def cache_folder() -> str:
     return os.path.join(folder if os.path.isabs(folder) else os.path.expanduser("~/.cache"), "synco")
 
 
-class Index(Sequence):
-    """The images of a folder as a sequence of names "class/file", in the order of torchvision's ImageFolder.
+class Place(NamedTuple):
+    """Where an image's bytes lie: `count` bytes from `start` on of a file of `size` bytes; None: the whole file."""
 
-    classes: their names, sorted; starts (C + 1,): class c has the images starts[c] to starts[c + 1] - 1;
-    files: each image's path below its class's folder, one after the other, uint8; offsets (N + 1,): where they begin.
-    NumPy arrays, the last one of which may be far larger than a list of these names should be.
+    path: str
+    start: int = 0
+    count: int | None = None
+    size: int | None = None
+
+
+class Index(Sequence):
+    """The images of a data set as a sequence of names "group/file", in the order of torchvision's ImageFolder.
+
+    A name's group is its first folder, "" where it has none. groups: their names, sorted; starts (G + 1,): group g has
+    the images starts[g] to starts[g + 1] - 1; files: each image's path below its group, one after the other, uint8;
+    offsets (N + 1,): where they begin. labelled: whether the groups are the images' classes.
+    root: the folder whose files root/name they are; unless `paths` (see `joined`) names the file of each, or `spans`
+    (N, 3) says which of the paths, from which byte on, and how many bytes; sizes: of the paths, in bytes, with spans.
+    NumPy arrays, which may be far larger than a list of these names should be.
     """
 
-    def __init__(self, classes: list[str], starts: np.ndarray, offsets: np.ndarray, files: np.ndarray):
-        self.classes, self.starts, self.offsets, self.files = classes, starts, offsets, files
+    def __init__(
+        self,
+        groups: list[str],
+        starts: np.ndarray,
+        offsets: np.ndarray,
+        files: np.ndarray,
+        *,
+        root: str = "",
+        labelled: bool = True,
+        paths: tuple[np.ndarray, np.ndarray] | None = None,
+        spans: np.ndarray | None = None,
+        sizes: np.ndarray | None = None,
+    ):
+        self.groups, self.starts, self.offsets, self.files = groups, starts, offsets, files
+        self.root, self.labelled = root, labelled
+        self.path_offsets, self.paths = joined([]) if paths is None else paths
+        self.spans = np.empty((0, 3), dtype=np.int64) if spans is None else spans
+        self.sizes = np.empty(0, dtype=np.int64) if sizes is None else sizes
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, [] of images without labels."""
+        return self.groups if self.labelled else []
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -51,63 +87,148 @@ class Index(Sequence):
     def __getitem__(self, i: int) -> str:
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        name = self.classes[int(np.searchsorted(self.starts, i, side="right")) - 1]
-        return f"{name}/{os.fsdecode(self.files[self.offsets[i] : self.offsets[i + 1]].tobytes())}"
+        group = self.groups[int(np.searchsorted(self.starts, i, side="right")) - 1]
+        return (group and f"{group}/") + _string(self.offsets, self.files, i)
 
     def __iter__(self) -> Iterator[str]:
-        for c, name in enumerate(self.classes):
-            ends = self.offsets[self.starts[c] : self.starts[c + 1] + 1]
+        for g, group in enumerate(self.groups):
+            head = group and f"{group}/"
+            ends = self.offsets[self.starts[g] : self.starts[g + 1] + 1]
             part, ends = self.files[ends[0] : ends[-1]].tobytes(), (ends - ends[0]).tolist()
             for start, end in zip(ends, ends[1:]):
-                yield f"{name}/{os.fsdecode(part[start:end])}"
+                yield head + os.fsdecode(part[start:end])
+
+    def place(self, i: int) -> Place:
+        """Where image i lies."""
+        if not len(self.spans):
+            return Place(os.path.join(self.root, self.path(i) if len(self.paths) else self[i]))
+        path, start, count = self.spans[i].tolist()
+        return Place(os.path.join(self.root, self.path(path)), start, count, int(self.sizes[path]))
+
+    def path(self, i: int) -> str:
+        """One of the paths, relative to the root."""
+        return _string(self.path_offsets, self.paths, i)
 
     def checksum(self) -> int:
-        """CRC-32 of all that the index says."""
-        found = zlib.crc32(os.fsencode("\0".join(self.classes)))
+        """CRC-32 of the names, whatever is known of where the images lie."""
+        found = zlib.crc32(os.fsencode("\0".join(self.groups)))
         for array in (self.starts, self.offsets, self.files):
             found = zlib.crc32(array, found)
         return found
 
-    def targets(self) -> np.ndarray:
-        """(N,) int64: the class of every image."""
-        return np.repeat(np.arange(len(self.classes)), np.diff(self.starts))
-
-
-def open_index(folder: str) -> Index:
-    """The `Index` of a folder: the stored one where the folder has not changed since, else a new one, which is stored.
-
-    It has changed if one of its folders has been written to (a file or folder added, removed or renamed) or replaced.
-    Of several processes that ask for it at once, one makes it and the others wait. Raises UserError where the folder
-    holds no classes, or a class no images.
-    """
-    store = _store(folder)
-    found = _load(store, folder)
-    if found:
+    def sum(self) -> int:
+        """CRC-32 of all that the index says."""
+        found = zlib.crc32(bytes([self.labelled]), self.checksum())
+        for array in (self.path_offsets, self.paths, self.spans, self.sizes):
+            found = zlib.crc32(np.ascontiguousarray(array), found)
         return found
+
+    def targets(self) -> np.ndarray:
+        """(N,) int64: the class of every image, 0 of images without labels."""
+        counts = np.diff(self.starts) if self.labelled else [len(self)]
+        return np.repeat(np.arange(len(counts)), counts)
+
+
+def joined(strings: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """M strings as two arrays: where each begins (M + 1,), and their bytes, one after the other."""
+    encoded = [os.fsencode(string) for string in strings]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return offsets, np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+
+def _string(offsets, content, i):
+    """One of the strings that were `joined`."""
+    return os.fsdecode(content[offsets[i] : offsets[i + 1]].tobytes())
+
+
+def of_names(
+    root: str, names: Sequence[str], *, labelled: bool = True, paths: Sequence[str] = (), spans: Sequence = ()
+) -> Index:
+    """The `Index` of images with these names, in any order. paths: one for each, or with `spans` the files of those.
+
+    Raises UserError that counts and names those that come twice.
+    """
+    keys = [(name.rpartition("/")[0].partition("/")[0], *name.rpartition("/")[::2]) for name in names]
+    order = sorted(range(len(names)), key=keys.__getitem__)
+    names, heads = [names[i] for i in order], [keys[i][0] for i in order]
+    twice = [name for name, following in zip(names, names[1:]) if name == following]
+    if twice:
+        raise UserError(f"{root}: {len(twice)} images have the name of another, such as {twice[0]}")
+    counts = collections.Counter(heads)  # in the order of the names
+    offsets, files = joined(name[len(head and f"{head}/") :] for name, head in zip(names, heads))
+    starts = np.cumsum([0, *counts.values()], dtype=np.int64)
+    places = {}
+    if len(spans):
+        sizes = np.array([os.stat(os.path.join(root, path)).st_size for path in paths], dtype=np.int64)
+        places = {"paths": joined(paths), "spans": np.array(spans, dtype=np.int64)[order], "sizes": sizes}
+    elif paths:
+        places = {"paths": joined(paths[i] for i in order)}
+    return Index(list(counts), starts, offsets, files, root=root, labelled=labelled, **places)
+
+
+def open_index(folder: str, labelled: bool = True) -> Index:
+    """The `Index` of a folder, see `scan`; it has changed if one of its folders has been written to or replaced."""
+    return opened(folder, "" if labelled else "without labels", lambda: scan(folder, labelled))
+
+
+def opened(folder: str, kind: str, make: Callable[[], tuple[Index, list]]) -> Index:
+    """The `Index` of what lies in a folder: the stored one where that has not changed since, else a new one.
+
+    kind: tells it from others of the same folder; make: → (the new index, the states that tell a change, see `state`).
+    Rank 0 alone looks at the images, and the others read what it has found: every process must call this. Of several
+    programs that ask at once, one makes the index and the others wait.
+    Raises UserError, in all processes, where `make` does.
+    """
+    found = told = None
+    if distributed.rank() == 0:
+        try:
+            found = _load(_store(folder, kind), folder, kind) or _make(folder, kind, make)
+            told = found.sum()
+        except UserError as error:
+            told = str(error)
+    told = distributed.from_rank_0(told)
+    if isinstance(told, str):
+        raise UserError(told)
+    if distributed.rank() != 0:
+        found = _load(_store(folder, kind), folder, kind, told)
+    if not all(distributed.from_all(found is not None)):  # a small one, or a node without the cache of rank 0's
+        sent = distributed.broadcast(found if distributed.rank() == 0 else None)
+        found = sent if found is None else found
+    return found
+
+
+def _make(folder, kind, make):
+    """A new index, which is stored if it is worth that."""
+    store = _store(folder, kind)
     with _alone(store) as writable:
-        found = _load(store, folder) if writable else None  # another process may have made it meanwhile
+        found = _load(store, folder, kind) if writable else None  # another program may have made it meanwhile
         if found:
             return found
         began = time.time_ns()
-        index, folders = scan(folder)
-        settled = all(mtime < began - SETTLED for _, mtime, _ in folders)
+        index, states = make()
+        settled = all(mtime < began - SETTLED for _, mtime, _ in states)
         if writable and settled and len(index) >= WORTH_IT:
-            _save(store, folder, index, folders)
+            _save(store, folder, kind, index, states)
     return index
 
 
-def scan(folder: str) -> tuple[Index, list[tuple[str, int, int]]]:
+def scan(folder: str, labelled: bool = True) -> tuple[Index, list[tuple[str, int, int]]]:
     """(the `Index` of a folder as it is now, [(folder within it, its mtime in ns, its inode)]).
 
-    Links to folders are followed, but a folder that is there under two names counts once, under the first: a link to
-    a class, or to a folder that holds this one, would multiply its images.
+    Its folders are the classes, unless `labelled` is false or images lie beside them: the images, at any depth, are
+    then without labels. Links to folders are followed, but a folder that is there under two names counts once, under
+    the first: a link to a class, or to a folder that holds this one, would multiply its images.
+    Raises UserError where the folder holds no images, or one of its classes none.
     """
     try:
         root = os.stat(folder)
         around = {_identity(root), *(_identity(os.stat(place)) for place in pathlib.Path(folder).resolve().parents)}
         with os.scandir(folder) as entries:
-            classes = sorted(entry.name for entry in entries if _is_folder(entry))
-        if not classes:
+            below = [(entry.name, _is_folder(entry)) for entry in entries]
+        classes = sorted(name for name, is_folder in below if is_folder)
+        loose = sorted(name for name, is_folder in below if not is_folder and is_image(name))
+        labelled = labelled and not loose
+        if labelled and not classes:
             raise UserError(f"{folder}: Couldn't find any class folder; it should hold CLASS/IMAGE")
         with ThreadPoolExecutor(16) as threads:  # while one waits for a network's disk, others ask on
             tops = list(threads.map(lambda name: _identity(os.stat(os.path.join(folder, name))), classes))
@@ -121,30 +242,28 @@ def scan(folder: str) -> tuple[Index, list[tuple[str, int, int]]]:
             walks = list(threads.map(lambda name: _walk(folder, name, known), classes))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be listed ({error.strerror})") from error
-    listed, states = [], [_state("", root)]
+    listed, states = [], [("", root.st_mtime_ns, root.st_ino)]
     for name, walk in zip(classes, walks):
         below = []
         for place, status, images in walk:
             if place != name and _identity(status) in known:  # of another class already
                 continue
             known.add(_identity(status))
-            states.append(_state(place, status))
+            states.append((place, status.st_mtime_ns, status.st_ino))
             below += [f"{place}/{image}"[len(name) + 1 :] for image in images]
         listed.append(below)
     empty = [name for name, images in zip(classes, listed) if not images]
-    if empty:
+    if labelled and empty:
         more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
         raise UserError(
             f"{folder}: Found no valid file for the classes {', '.join(empty[:3])}{more}; it should hold CLASS/IMAGE"
         )
-    names = [os.fsencode(name) for images in listed for name in images]
-    index = Index(
-        classes,
-        starts=np.cumsum([0, *map(len, listed)], dtype=np.int64),
-        offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
-        files=np.frombuffer(b"".join(names), dtype=np.uint8),
-    )
-    return index, states
+    groups = [(name, images) for name, images in [("", loose), *zip(classes, listed)] if images]
+    if not groups:
+        raise UserError(f"{folder}: holds no images")
+    offsets, files = joined(name for _, images in groups for name in images)
+    starts = np.cumsum([0, *(len(images) for _, images in groups)], dtype=np.int64)
+    return Index([name for name, _ in groups], starts, offsets, files, root=folder, labelled=labelled), states
 
 
 def _walk(folder, name, known):
@@ -164,14 +283,15 @@ def _walk(folder, name, known):
             for entry in entries:
                 if _is_folder(entry):
                     folders.append(f"{place}/{entry.name}")
-                elif _is_image(entry.name):
+                elif is_image(entry.name):
                     images.append(entry.name)
         waiting += sorted(folders, reverse=True)
         found.append((place, status, sorted(images)))
     return sorted(found, key=lambda entry: entry[0])
 
 
-def _is_image(name):
+def is_image(name: str) -> bool:
+    """Whether a file of that name is taken for an image."""
     return name.lower().endswith(IMG_EXTENSIONS)
 
 
@@ -181,7 +301,7 @@ def _is_folder(entry):
     A link with an image's name is taken for an image; reading it says that it is missing.
     """
     try:
-        if entry.is_symlink() and not _is_image(entry.name):
+        if entry.is_symlink() and not is_image(entry.name):
             entry.stat()
         return entry.is_dir()
     except OSError as error:
@@ -193,15 +313,16 @@ def _identity(status):
     return status.st_dev, status.st_ino
 
 
-def _state(below, status):
-    """What a folder's place, age and inode were: of one that has not changed they are the same."""
-    return below, status.st_mtime_ns, status.st_ino
+def state(folder: str, path: str) -> tuple[str, int, int]:
+    """What a file or folder, `path` relative to `folder`, is known by: of one that has not changed it is the same."""
+    status = os.stat(os.path.join(folder, path))
+    return path, status.st_mtime_ns, status.st_ino
 
 
-def _store(folder):
+def _store(folder, kind=""):
     """The file in the cache that holds this folder's index."""
-    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:24]
-    return os.path.join(cache_folder(), f"images-{name}.index")
+    key = os.fsencode(os.path.realpath(folder)) + (kind and f"\0{kind}").encode(errors="surrogateescape")
+    return os.path.join(cache_folder(), f"images-{hashlib.sha256(key).hexdigest()[:24]}.index")
 
 
 @contextlib.contextmanager
@@ -222,41 +343,59 @@ def _alone(store):
         yield True
 
 
-def _save(store, folder, index, folders):
-    paths, mtimes, inodes = zip(*folders)
+def _save(store, folder, kind, index, states):
+    paths, mtimes, inodes = zip(*states)
     content = {
-        "format": FORMAT,
         "folder": os.path.realpath(folder),
-        "classes": index.classes,
+        "kind": kind,
         "folders": list(paths),
         "mtimes": torch.tensor(mtimes),
         "inodes": [int(inode) for inode in inodes],
-        "starts": torch.from_numpy(index.starts),
-        "offsets": torch.from_numpy(index.offsets),
-        "files": torch.from_numpy(index.files.copy()),
-        "sum": index.checksum(),
     }
-    with (
-        contextlib.suppress(OSError),
-        files.atomic_write(store) as file,
-    ):  # a full disk: the index is there all the same
+    with contextlib.suppress(OSError):  # a full disk: the index is there all the same
+        write(store, index, content)
+
+
+def write(path: str, index: Index, more: dict | None = None) -> None:
+    """Write an index, and what else its file is to say. Raises OSError if it cannot be written."""
+    content = {
+        "format": FORMAT,
+        "classes": index.groups,
+        "labelled": index.labelled,
+        "sum": index.sum(),
+        **(more or {}),
+    }
+    content |= {name: torch.from_numpy(np.array(getattr(index, name))) for name in ARRAYS}
+    with files.atomic_write(path) as file:
         torch.save(content, file)
 
 
-def _load(store, folder):
-    """The stored `Index`, or None where there is none, it is damaged, or the folder has changed since."""
+def read(path: str, root: str) -> tuple[Index, dict] | None:
+    """(the index in a file, what else it says); None where there is none, or a damaged one."""
     try:
-        content = torch.load(store, map_location="cpu", mmap=True, weights_only=True)
-        if content["format"] != FORMAT or content["folder"] != os.path.realpath(folder):
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if content["format"] != FORMAT:
             return None
-        index = Index(content["classes"], *(content[name].numpy() for name in ("starts", "offsets", "files")))
-        states = zip(content["folders"], content["mtimes"].tolist(), content["inodes"])
-        whole = content["sum"] == index.checksum()  # a wrong bit would make a file's name one of no file
-        return (
-            index
-            if whole
-            and all(_state(below, os.stat(os.path.join(folder, below))) == (below, *state) for below, *state in states)
-            else None
-        )
+        arrays = {name: content.pop(name).numpy() for name in ARRAYS}
+        arrays["paths"] = arrays.pop("path_offsets"), arrays["paths"]
+        found = Index(content["classes"], root=root, labelled=content["labelled"], **arrays)
+        return (found, content) if content["sum"] == found.sum() else None  # a wrong bit would name no file
     except (*checkpoint.DAMAGED, pickle.UnpicklingError):
+        return None
+
+
+def _load(store, folder, kind="", known=None):
+    """The stored `Index`, or None where there is none, it is damaged, or what it is of has changed since.
+
+    known: the sum of the one that is wanted, whose states rank 0 has compared.
+    """
+    found, content = read(store, folder) or (None, {})
+    try:
+        if found is None or (content["folder"], content["kind"]) != (os.path.realpath(folder), kind):
+            return None
+        if known is not None:
+            return found if found.sum() == known else None
+        states = zip(content["folders"], content["mtimes"].tolist(), content["inodes"])
+        return found if all(state(folder, path) == (path, *seen) for path, *seen in states) else None
+    except checkpoint.DAMAGED:
         return None

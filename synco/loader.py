@@ -81,14 +81,14 @@ class Reader:
         self.told = self.found.value
         found = set().union(*distributed.from_all(self.bad.nonzero().flatten().tolist()))
         for index in sorted(found - self.unreadable):
-            distributed.warn(f"{name_of(self.dataset, index)}: cannot be read; the next image takes its place")
+            distributed.warn(f"{self.dataset.where(index)}: cannot be read; the next image takes its place")
         self.mark_unreadable(found)
 
     def mark_unreadable(self, indices: Iterable[int]) -> None:
         """Take these numbers for those of bad images. Raises UserError if they are too many."""
         self.unreadable |= set(indices)
         if self._too_many(len(self.unreadable)):
-            names = ", ".join(name_of(self.dataset, index) for index in sorted(self.unreadable)[:3])
+            names = ", ".join(self.dataset.where(index) for index in sorted(self.unreadable)[:3])
             raise UserError(
                 f"{len(self.unreadable)} images cannot be read, such as {names}; --skip-bad-images {self.limit}"
             )
@@ -104,17 +104,12 @@ class Reader:
         if self.limit:
             self.share_unreadable()  # what was found in the last step, or by an evaluation after it
         if self.unreadable:
-            names = ", ".join(name_of(self.dataset, index) for index in sorted(self.unreadable))
+            names = ", ".join(self.dataset.where(index) for index in sorted(self.unreadable))
             distributed.say(f"{len(self.unreadable)} images could not be read and were replaced: {names}")
 
     def being_read(self) -> list[str]:
         """The paths of the images that the workers are reading, or were when they ended."""
-        return [name_of(self.dataset, index) for index in self.reading.tolist() if index >= 0]
-
-
-def name_of(dataset: Dataset, index: int) -> str:
-    """The path of one of the `datasets.Images`, or its name where it has no file of its own."""
-    return dataset.file(index) or f"{dataset.root}: {dataset.names[index]}"
+        return [self.dataset.where(index) for index in self.reading.tolist() if index >= 0]
 
 
 class Readable(Dataset):
@@ -279,7 +274,7 @@ def paths_of(batches: Loader, epoch: int, i: int) -> list[list[str]]:
     """The paths of the images of step i of an epoch, in every process, by rank; `batches` then stands there."""
     batches.batch_sampler.set_epoch(epoch, i)
     keys = next(iter(batches.batch_sampler))
-    return distributed.from_all([name_of(batches.dataset.dataset, index) for _, index in keys])
+    return distributed.from_all([batches.dataset.dataset.where(index) for _, index in keys])
 
 
 def eval_loader(dataset: Dataset, batch_size: int, *, process: Process, workers: int, timeout: int = 0) -> Loader:

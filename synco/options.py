@@ -21,12 +21,15 @@ STATS = {
 # --dataset: (whose STATS, side of its crops in pixels)
 DATASETS = {
     "imagefolder": ("imagenet", 224),
+    "imagenet": ("imagenet", 224),
+    "shards": ("imagenet", 224),
     "cifar10": ("cifar10", 32),
     "cifar100": ("cifar100", 32),
     "stl10": ("stl10", 96),
     "imagenette": ("imagenet", 224),
     "caltech256": ("imagenet", 224),
 }
+LAYOUTS = ("imagefolder", "imagenet", "shards")  # of images of one's own; the others are torchvision's
 STEMS = ("imagenet", "cifar")
 LONGEST = 1_000_000  # seconds, or minutes: what the system's own waiting takes
 LARGEST = 10_000  # pixels of an image's side: no file's word may have a network of any size built
@@ -243,11 +246,13 @@ def add_data(parser: Parser, *, positional: bool = True) -> None:
     """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
     identity, free = parser.identity, parser.free
     if positional:
-        where = "folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE; or where --dataset's files lie"
-        free("data", metavar="DATA", help=where)
-    identity(
-        "--dataset", default="imagefolder", choices=DATASETS, help="DATA's layout, or one of torchvision's data sets"
-    )
+        where = "folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE, or of images without labels; or "
+        free("data", metavar="DATA", help=where + "where --dataset's files lie")
+    layout = "DATA's layout (imagenet: in any form; shards: WebDataset's tar files), or one of torchvision's data sets"
+    free("--dataset", default="imagefolder", choices=DATASETS, help=layout)
+    for split in ("train", "val"):
+        line = f"list of the {split} images: a path a line, absolute or in DATA, and perhaps a label after a comma"
+        free(f"--{split}-list", metavar="FILE", help=line)
     free("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
     free("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
     identity(
@@ -287,8 +292,12 @@ def add_speed(parser: Parser) -> None:
 
 def check_data(args: argparse.Namespace) -> None:
     """Raise UserError where the flags of `add_data` contradict each other."""
-    if args.download and args.dataset == "imagefolder":
-        raise UserError(f"--download: name what to fetch with --dataset {{{','.join(list(DATASETS)[1:])}}}")
+    if args.download and args.dataset in LAYOUTS:
+        named = [name for name in DATASETS if name not in LAYOUTS]
+        raise UserError(f"--download: name what to fetch with --dataset {{{','.join(named)}}}")
+    for flag, path in (("--train-list", args.train_list), ("--val-list", args.val_list)):
+        if path is not None and args.dataset != "imagefolder":
+            raise UserError(f"{flag} {path}: lists files of one's own; --dataset {args.dataset} does without")
 
 
 def resolve_image_settings(args, path: str = "", config: dict | None = None) -> dict:

@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Collection
 
-from synco import datasets, distributed, files
+from synco import datasets, distributed, files, layouts, parts
 from synco.errors import UserError
 from synco.index import cache_folder
 
@@ -58,22 +58,14 @@ def balanced(images: datasets.Images, percent: int, seed: int) -> list[str]:
     Those with the smallest SHA-256 of (seed, percent, name): neither the machine nor the order of reading matters.
     """
     chosen = []
-    for positions in datasets.by_class(images, f"{seed}/{percent}"):
+    for positions in parts.by_class(images, f"{seed}/{percent}"):
         chosen += positions[: max(1, round(len(positions) * percent / 100))]
     return sorted(images.names[i] for i in chosen)
 
 
 def read_list(path: str) -> list[str]:
     """The names in a list, one a line: "class/file", or as in SimCLR's "wnid_N.JPEG", whose class is the wnid."""
-    return parse(_content(path), path)
-
-
-def _content(path):
-    try:
-        with files.open_regular(path) as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{path}: the list of images cannot be read ({error.strerror})") from error
+    return parse(layouts.content_of(path), path)
 
 
 def parse(content: bytes, path: str) -> list[str]:
@@ -158,7 +150,7 @@ def published_list(percent: int) -> tuple[list[str], str]:
     name, digest = LISTS[percent]
     path = os.path.join(cache_folder(), name)
     if os.path.isfile(path):
-        content = _content(path)
+        content = layouts.content_of(path)
         if hashlib.sha256(content).hexdigest() != digest:
             raise UserError(f"{path}: not SimCLR's list (its SHA-256 differs): remove it, and it is downloaded again")
         return parse(content, path), path

@@ -15,7 +15,7 @@ import torchvision
 from conftest import ROOT, make_images, processes
 from PIL import Image
 
-from synco import augment, datasets, loader
+from synco import augment, datasets, index, loader
 from synco.distributed import Process
 from synco.errors import UserError
 
@@ -24,6 +24,7 @@ CATEGORIES = ("001.ak47", "002.american-flag", "257.clutter")
 
 def flags(data, dataset="imagefolder", **given):
     defaults = {"download": False, "limit_images": None, "hold_out": None, "split_seed": 0}
+    defaults |= {"train_list": None, "val_list": None}
     return argparse.Namespace(data=str(data), dataset=dataset, **defaults | given)
 
 
@@ -262,7 +263,7 @@ def test_a_part_keeps_names_labels_and_images_together(uneven):
     for position, before in enumerate((16, 11)):
         assert part.names[position] == whole.names[before] and part.targets[position] == whole.targets[before]
         assert np.array_equal(part[position][0], whole[before][0])
-        assert part.file(position) == os.path.join(uneven, "train", whole.names[before])
+        assert part.where(position) == os.path.join(uneven, "train", whole.names[before])
 
 
 # ------------------------------------------------------------------------------------------------------ the cache
@@ -324,7 +325,8 @@ def test_a_limit_on_any_control_group_above_counts(tmp_path):
 def _free(rank):
     """The verdict where the first process has been told of more memory than the second."""
     datasets.free_memory = lambda: 10**9 if rank == 0 else 0
-    read = datasets._Files(ROOT, ["LICENSE"], lambda *_: Image.new("RGB", (2, 2), (1, 2, 3)))
+    places = index.of_names(str(ROOT), ["LICENSE"])
+    read = datasets._Stored(places, lambda *_: Image.new("RGB", (2, 2), (1, 2, 3)))
     images = datasets.Images("x", ["c"], ["c/0"], [0], read)
     datasets._size = lambda content, name: (2, 2)
     datasets.cache([images], 2)

@@ -31,13 +31,10 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "WORTH_IT", 1)
     folder = tmp_path / "data" / "train"
-    for (
-        name
-    ) in "b/2.jpg b/10.JPEG b/1.png b/sub/z.jpg b/sub/a.jpg b/sub-x/a.jpg b/sub/deep/q.webp a/x.jpg c/é ü.jpg".split(
-        " "
-    ):
+    names = "b/2.jpg b/10.JPEG b/1.png b/sub/z.jpg b/sub/a.jpg b/sub-x/a.jpg b/sub/deep/q.webp a/x.jpg".split()
+    for name in [*names, "c/é ü.jpg"]:
         touch(folder / name)
-    for name in ("b/notes.txt", "b/sub/.hidden", "c/.jpg", "readme.jpg", "a/x.jpg.tmp"):
+    for name in ("b/notes.txt", "b/sub/.hidden", "c/.jpg", "readme.txt", "a/x.jpg.tmp"):
         touch(folder / name)
     for place, link in (("elsewhere", folder / "a" / "link"), ("elsewhere too", folder / "d")):
         touch(tmp_path / place / "linked.jpg")
@@ -212,10 +209,10 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tree, monkeypatch, tmp_path
 def test_of_several_that_start_at_once_one_lists_the_folder(tree, monkeypatch):
     scan, scans = index.scan, []
 
-    def slow(folder):
+    def slow(folder, labelled):
         scans.append(folder)
         time.sleep(0.3)
-        return scan(folder)
+        return scan(folder, labelled)
 
     monkeypatch.setattr(index, "scan", slow)
     found = []
@@ -231,7 +228,7 @@ def test_folders_without_images_are_named(tmp_path):
     with pytest.raises(UserError, match=r"none: cannot be listed \(No such file or directory\)"):
         index.open_index(str(tmp_path / "none"))
     (tmp_path / "t").mkdir()
-    touch(tmp_path / "t" / "1.jpg")
+    touch(tmp_path / "t" / "1.txt")
     with pytest.raises(UserError, match="t: Couldn't find any class folder; it should hold CLASS/IMAGE"):
         index.open_index(str(tmp_path / "t"))
     touch(tmp_path / "t" / "full" / "1.jpg")

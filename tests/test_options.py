@@ -74,10 +74,11 @@ def test_published_command_line(monkeypatch):
 
 
 SHARED = {
-    "identity": "dataset limit_images hold_out split_seed arch stem img_size stats amp channels_last tf32 momentum "
+    "identity": "limit_images hold_out split_seed arch stem img_size stats amp channels_last tf32 momentum "
     "weight_decay",
     "schedule": "epochs lr",
-    "free": "data download cache_images workers worker_timeout start_epoch batch_size print_freq resume save_dir "
+    "free": "data dataset train_list val_list download cache_images workers worker_timeout start_epoch batch_size "
+    "print_freq resume save_dir "
     "force_resume save_steps save_minutes overwrite log_dir track seed skip_bad_images multiprocessing_distributed "
     "nproc_per_node world_size rank dist_url dist_backend gpu dist_timeout peer_timeout",
 }

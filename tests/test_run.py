@@ -239,7 +239,7 @@ def test_the_images_of_a_step_are_those_of_its_report(run, tmp_path, monkeypatch
 
     seen, image = [], datasets.Images.image
     monkeypatch.setattr(
-        datasets.Images, "image", lambda self, position: (seen.append(self.file(position)), image(self, position))[1]
+        datasets.Images, "image", lambda self, position: (seen.append(self.where(position)), image(self, position))[1]
     )
     monkeypatch.setattr(toy, "loss_of", lambda logits, *_: logits.sum() * (torch.nan if len(seen) > 32 else 1))
     status, _, err = run("r", "-p", 100, "--save-steps", 2)
