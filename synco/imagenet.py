@@ -40,11 +40,11 @@ def find(root: str, split: str) -> Index:
     if os.path.isfile(os.path.join(root, archive)):
         make = functools.partial(_archive, root, archive)
         return _said(index.opened(root, f"imagenet {archive}", make), split, f"{archive}, read in place")
-    paths = layouts.shards_of(root, split)
+    paths = layouts.files_of(root, split)
     if paths:
         names = train_names
         if split == "val":  # whose labels may be numbers of train's classes
-            classes = find(root, "train").classes if layouts.shards_of(root, "train") else []
+            classes = find(root, "train").classes if layouts.files_of(root, "train") else []
             names = functools.partial(val_names, root, classes)
         found = layouts.open_shards(root, split, paths, names, "imagenet")
         return _said(found, split, f"{len(paths)} shards, read in place")

@@ -135,12 +135,13 @@ def names_of(paths: Sequence[str], labels: Sequence[str | None], source: str, sp
 # ------------------------------------------------------------------------------------------------------------ shards
 
 
-def shards_of(root: str, split: str) -> list[str]:
-    """The tar files of a split, relative to root and sorted: split/*.tar, or such as split-000.tar in root itself."""
-    for place, pattern in ((split, r".+"), ("", rf"(.*[-_.])?{SPLITS[split]}([-_.].*)?")):
+def files_of(root: str, split: str, ending: str = "tar") -> list[str]:
+    """A split's shards, relative to root and sorted: split/*.tar, or such as split-000.tar in root or root/data."""
+    named = rf"(.*[-_.])?{SPLITS[split]}([-_.].*)?"
+    for place, pattern in ((split, r".+"), ("", named), ("data", named)):
         path = os.path.join(root, place)
         names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        found = [os.path.join(place, name) for name in names if re.fullmatch(pattern + r"\.tar", name)]
+        found = [os.path.join(place, name) for name in names if re.fullmatch(rf"{pattern}\.{ending}", name)]
         if found:
             return found
     return []
@@ -148,7 +149,7 @@ def shards_of(root: str, split: str) -> list[str]:
 
 def shards(root: str, split: str) -> Index:
     """The images of a split in tar shards. Raises UserError where there are none, or one cannot be read."""
-    paths = shards_of(root, split)
+    paths = files_of(root, split)
     if not paths:
         raise UserError(f"{root}: has no shards {split}-*.tar or {split}/*.tar")
     return open_shards(root, split, paths, generic_names, "shards")
