@@ -45,12 +45,14 @@ def listed(root: str, split: str, path: str, other: str | None = None) -> Index:
     """
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; what {path} lists should be in it")
-    labels = {name: next(_lines(name, root))[2] is not None for name in (path, other) if name}
-    if len(set(labels.values())) > 1:
-        with_labels, without = sorted(labels, key=labels.get, reverse=True)
-        raise UserError(f"{with_labels} has labels and {without} has none; give both a column of labels, or neither")
 
     def make():
+        has_labels = {name: next(_lines(name, root))[2] is not None for name in (path, other) if name}
+        if len(set(has_labels.values())) > 1:
+            with_labels, without = sorted(has_labels, key=has_labels.get, reverse=True)
+            raise UserError(
+                f"{with_labels} has labels and {without} has none; give both a column of labels, or neither"
+            )
         rows = list(_lines(path, root))
         paths = [name for _, name, _ in rows]
         labels = [label for _, _, label in rows]
@@ -67,9 +69,9 @@ def listed(root: str, split: str, path: str, other: str | None = None) -> Index:
                 f"{path}: {len(missing)} of its {len(paths)} images are not in {root}: {missing[0]} is first"
             )
         names = names_of([_relative(name, root) for name in paths], labels, path, split)
-        return index.of_names(root, names, labelled=labels[0] is not None, paths=paths), [index.state(root, absolute)]
+        states = [index.state(root, os.path.abspath(name)) for name in has_labels]
+        return index.of_names(root, names, labelled=labels[0] is not None, paths=paths), states
 
-    absolute = os.path.abspath(path)
     return index.opened(root, f"list {split} {os.path.realpath(path)}", make)
 
 

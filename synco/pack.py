@@ -106,19 +106,20 @@ def pack(args: argparse.Namespace, split: str) -> None:
 
 def _write_shards(args, split, source, shards):
     """Write the shards that are not there yet → the SHA-256 of each."""
-    count, each, progress = len(source.names), args.images_per_shard, _Progress(split, len(source.names), len(shards))
+    count, each = len(source.names), args.images_per_shard
+    missing = [i for i, shard in enumerate(shards) if not os.path.exists(os.path.join(args.out, shard))]
+    progress = _Progress(split, sum(min(count, (i + 1) * each) - i * each for i in missing), len(shards))
 
     def encode(content, name):
         return shortened(content, name, args.short_side, args.quality) if args.short_side else content
 
     def work(i):
         path = os.path.join(args.out, shards[i])
-        if not os.path.exists(path):
+        if i in missing:
             try:
                 write_shard(path, source, i * each, min(count, (i + 1) * each), encode, lambda: progress.tick(i))
             except OSError as error:
                 raise Failure(f"{path}: cannot be written ({error.strerror})") from error
-        progress.done[i] = min(count, (i + 1) * each) - i * each
         return files.sha256(path)
 
     with ThreadPoolExecutor(args.workers) as pool:  # PIL works without Python's lock
