@@ -161,7 +161,9 @@ def test_lists_that_are_refused(photos, text, message):
 
 def test_two_lists_have_labels_or_none(photos):
     (photos / "val.txt").write_text("train/a/1.jpg\n")
-    with pytest.raises(UserError, match="list has labels and .*val.txt has none; give both a column of labels, or neither"):
+    with pytest.raises(
+        UserError, match="list has labels and .*val.txt has none; give both a column of labels, or neither"
+    ):
         listed(photos, "train/b/1.jpg,b\n", other=photos / "val.txt")
     with pytest.raises(UserError, match="gone.txt: the list of images cannot be read"):
         layouts.listed(str(photos), "train", str(photos / "gone.txt"))
