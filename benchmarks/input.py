@@ -6,7 +6,8 @@
 
 Each mode makes two views of every image (MoCo v2's augmentation) and collates them, in this process and one thread.
 The modes take turns over parts of the folder, CPU seconds are counted, and medians are compared, so that a noisy
-machine disturbs all alike. Then the ways to decode a JPEG file, how far the two modes' views are apart, and the
+machine disturbs all alike. So do the same images in tar shards, copied and with a shorter side of 256 pixels (see
+synco.pack). Then reading alone, the ways to decode a JPEG file, how far the two modes' views are apart, and the
 device's half of the work.
 """
 
@@ -14,16 +15,19 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import torch
 import torchvision
 from torch.utils.data import default_collate
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 
-from synco import augment, datasets, decode, loader, options  # noqa: E402
+from synco import augment, datasets, decode, layouts, loader, options  # noqa: E402
 from synco.errors import UserError  # noqa: E402
 from synco.launch import command  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
@@ -59,6 +63,18 @@ def decoders():
     return found | {"simplejpeg": lambda content, _: simplejpeg.decode_jpeg(content)}
 
 
+def packed(images, chosen, out, *flags):
+    """The chosen images in tar shards, by synco.pack; in the order of their names."""
+    with open(f"{out}.txt", "wb") as file:
+        file.write(b"".join(os.fsencode(images.where(i)) + b"\n" for i in chosen))
+    words = ["--train-list", file.name, "--splits", "train", "--images-per-shard", "50", *flags]
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    subprocess.run(
+        [sys.executable, "-m", "synco.pack", images.root, out, *words], check=True, stdout=sys.stderr, env=environment
+    )
+    return datasets.stored(layouts.shards(out, "train"))
+
+
 def take_turns(versions, parts, repeat):
     """{name: function of a part} → {name: median seconds for one item}; each part goes through all versions in turn."""
     times = {name: [] for name in versions}
@@ -76,17 +92,26 @@ def main(args):
     folder, split = os.path.split(os.path.abspath(args.folder))
     pil = datasets.image_folder(folder, split)
     chosen = random.Random(0).sample(range(len(pil)), min(args.images, len(pil)))
+    pil = pil.subset(sorted(chosen, key=lambda i: pil.where(i)))
+    scratch = tempfile.TemporaryDirectory()
+    sources = {"files": pil, "shards": packed(pil, range(len(pil)), os.path.join(scratch.name, "copied"))}
+    sources["short side"] = packed(pil, range(len(pil)), os.path.join(scratch.name, "256"), "--short-side", "256")
+    chosen = random.Random(1).sample(range(len(pil)), len(pil))
     parts = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
 
     augmentation = augment.augmentation(args.img_size)
-    pairs = {
-        "cpu": loader.TwoCrops(pil, augmentation, seed=0),
-        "device": loader.TwoCrops(pil.as_uint8(), augment.Crop(augmentation), seed=0),
-    }
+    pairs = {"cpu": loader.TwoCrops(pil, augmentation, seed=0)}
+    for source, images in sources.items():
+        mode = "device" if source == "files" else f"device, {source}"
+        pairs[mode] = loader.TwoCrops(images.as_uint8(), augment.Crop(augmentation), seed=0)
     collated = {
         mode: lambda part, pairs=pairs: default_collate([pairs[0, i] for i in part]) for mode, pairs in pairs.items()
     }
     workers = take_turns(collated, parts, args.repeat)
+    contents = {
+        source: lambda part, images=images: [images.content(i) for i in part] for source, images in sources.items()
+    }
+    read = take_turns(contents, parts, 10 * args.repeat)
 
     jpegs = [(pil.content(i), pil.where(i)) for i in chosen if pil.names[i].lower().endswith((".jpg", ".jpeg"))]
     decoded = {}
@@ -122,6 +147,7 @@ def main(args):
         "img_size": args.img_size,
         "ratio": workers["cpu"] / workers["device"],
         "workers_images_per_second_and_core": {mode: 1 / s for mode, s in workers.items()},
+        "read_images_per_second_and_core": {source: 1 / s for source, s in read.items()},
         "decoded_images_per_second_and_core": {name: 1 / s for name, s in decoded.items()},
         "views_apart_of_255": {"mean": apart.mean().item(), "max": apart.max().item()},
         "device": str(device),
@@ -139,6 +165,9 @@ def main(args):
     print(f"\n{'--augment-on':22}{'images/s and core':>20}{'ratio':>8}")
     for mode, s in workers.items():
         print(f"{mode:22}{1 / s:20.0f}{workers['cpu'] / s:8.2f}")
+    print(f"\n{'reading alone':22}{'images/s and core':>20}{'ratio':>8}")
+    for name, s in read.items():
+        print(f"{name:22}{1 / s:20.0f}{read['files'] / s:8.2f}")
     print(f"\n{'decoding alone':22}{'images/s and core':>20}{'ratio':>8}")
     for name, s in decoded.items():
         print(f"{name:22}{1 / s:20.0f}{decoded['PIL'] / s:8.2f}")

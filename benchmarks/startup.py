@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Time to the first batch on a folder as large as ImageNet: the first start, which lists it, and the second.
 
+And on as many images in tar shards with their index beside them, as synco.pack leaves them.
+
   python benchmarks/startup.py                   # 1,281,167 files in 1,000 classes
   python benchmarks/startup.py --files 100000 --json
 
@@ -8,10 +10,13 @@ The files are links to one tiny image in each class, in a temporary folder (--wh
 the cache that is used. All starts are timed in this process, with the folder in the system's cache.
 """
 
+import functools
+import io
 import json
 import os
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from synco import augment, datasets, distributed, index, loader  # noqa: E402
+from synco import augment, datasets, distributed, index, layouts, loader  # noqa: E402
 from synco.errors import UserError  # noqa: E402
 from synco.launch import command  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
@@ -65,10 +70,23 @@ def make(folder, files, classes):
     os.utime(folder, (1.5e9, 1.5e9))
 
 
-def start(data, args):
-    """(seconds until the images are known, seconds until the first batch is there)."""
+def make_shards(folder, names):
+    """100 shards of one image each, and an index by which the images of all these names are there."""
+    content, paths = io.BytesIO(), [f"train-{i:06}.tar" for i in range(100)]
+    Image.new("RGB", (16, 16)).save(content, "JPEG")
+    for path in paths:
+        with tarfile.open(os.path.join(folder, path), "w") as shard:
+            member = tarfile.TarInfo("image.jpg")
+            member.size = len(content.getvalue())
+            shard.addfile(member, io.BytesIO(content.getvalue()))
+    spans = [(i % len(paths), tarfile.BLOCKSIZE, len(content.getvalue())) for i in range(len(names))]
+    index.write(os.path.join(folder, "train.index"), index.of_names(folder, names, paths=paths, spans=spans))
+
+
+def start(places, args):
+    """(seconds until the images are known, seconds until the first batch is there). places: gives their index."""
     began = time.perf_counter()
-    images = datasets.image_folder(data, "train")
+    images = datasets.stored(places())
     listed = time.perf_counter() - began
     pairs = loader.TwoCrops(images, augment.augmentation(16), seed=0)
     batches = loader.train_loader(pairs, args.batch, process=distributed.Process(), workers=0, seed=0)
@@ -82,11 +100,17 @@ def main(args):
         index.WORTH_IT = 1
         make(os.path.join(folder, "train"), args.files, args.classes)
         torchvision.datasets.folder.make_dataset(os.path.join(folder, "train"), extensions=(".jpeg",))  # warms up
+        places = functools.partial(layouts.folder, folder, "train")
         began = time.perf_counter()
         torchvision.datasets.ImageFolder(os.path.join(folder, "train"))
-        found = {"ImageFolder": (time.perf_counter() - began, None), "first start": start(folder, args)}
-        seconds = [start(folder, args) for _ in range(args.repeat)]
+        found = {"ImageFolder": (time.perf_counter() - began, None), "first start": start(places, args)}
+        seconds = [start(places, args) for _ in range(args.repeat)]
         found["second start"] = tuple(statistics.median(column) for column in zip(*seconds))
+        os.mkdir(os.path.join(folder, "shards"))
+        make_shards(os.path.join(folder, "shards"), list(places()))
+        shards = functools.partial(layouts.shards, os.path.join(folder, "shards"), "train")
+        seconds = [start(shards, args) for _ in range(args.repeat)]
+        found["packed shards"] = tuple(statistics.median(column) for column in zip(*seconds))
         size = os.path.getsize(index._store(os.path.join(folder, "train")))
     first, second = found["first start"], found["second start"]
     facts = {
