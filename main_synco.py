@@ -11,8 +11,9 @@ On one GPU, or on a CPU for trying it out (torchrun --nproc-per-node N works too
   python main_synco.py -a resnet18 --img-size 32 --epochs 5 --warmup-epochs 1 -b 128 --moco-k 4096 --method synco \\
     --mlp --moco-t 0.2 --aug-plus --cos --knn-freq 1 --save-dir runs/try FOLDER
 
-DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE; or it is where the data set lies that --dataset
-names (and --download fetches). Writes checkpoint_0000.pth.tar ..., config.json, log.jsonl and TensorBoard files.
+DATA holds train/CLASS/IMAGE and, for --knn-freq, val/CLASS/IMAGE; or images without labels; or it is where the data
+lie that --dataset names (--download fetches some). Writes checkpoint_0000.pth.tar ..., config.json, log.jsonl and
+TensorBoard files.
 """
 
 import inspect

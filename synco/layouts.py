@@ -94,7 +94,10 @@ def _lines(path: str, root: str) -> Iterator[tuple[int, str, str | None]]:
         text = os.fsdecode(line.removesuffix(b"\r"))
         if not text.strip():
             continue
-        fields = next(csv.reader([text], delimiter="\t" if "\t" in text else ","))
+        try:
+            fields = next(csv.reader([text], delimiter="\t" if "\t" in text else ","))
+        except csv.Error as error:
+            raise UserError(f"{path}: line {number} cannot be read ({error})") from error
         if is_image(fields[-1]) and not text.startswith('"'):
             fields = [text]  # a comma in a file's name
         if len(fields) > 2 or (len(fields) == 2 and not fields[1].strip()):

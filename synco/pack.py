@@ -80,9 +80,9 @@ def shortened(content: bytes, name: str, side: int, quality: int) -> bytes:
 
 def pack(args: argparse.Namespace, split: str) -> None:
     """Write the shards of a split and what goes beside them; those that are there already stay."""
-    source = parquet.Source(args.source, split) if parquet.files_of(args.source, split) else Stored(args, split)
+    source = parquet.Source(args.data, split) if parquet.files_of(args.data, split) else Stored(args, split)
     count, out = len(source.names), args.out
-    expected = index.of_names(args.source, source.names, labelled=bool(source.classes)).checksum()
+    expected = index.of_names(args.data, source.names, labelled=bool(source.classes)).checksum()
     settings = {"images": count, "images_per_shard": args.images_per_shard, "names_crc32": expected}
     settings |= {"classes": source.classes or None, "short_side": args.short_side}
     settings |= {"quality": args.quality if args.short_side else None}
@@ -93,7 +93,7 @@ def pack(args: argparse.Namespace, split: str) -> None:
         digests = _write_shards(args, split, source, shards)
         found, _ = layouts.scan_shards(out, shards, layouts.generic_names, source.classes)
         if found.checksum() != expected:
-            raise UserError(f"{out}: holds other images than {args.source}; remove its {split} shards, and pack anew")
+            raise UserError(f"{out}: holds other images than {args.data}; remove its {split} shards, and pack anew")
         try:
             with files.atomic_write(os.path.join(out, f"{split}.sha256")) as file:
                 file.write("".join(f"{digest}  {name}\n" for digest, name in zip(digests, shards)).encode())
@@ -197,7 +197,7 @@ def parse() -> argparse.Namespace:
     """The command line of `python -m synco.pack`."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
-    flag("source", metavar="SOURCE", help="what to pack, or with --verify a folder of shards")
+    flag("data", metavar="SOURCE", help="what to pack, or with --verify a folder of shards")
     flag("out", metavar="OUT", nargs="?", help="folder for the shards")
     flag("--verify", action="store_true", help="compare the shards in a folder with their checksums")
     flag("--dataset", default="imagefolder", choices=(*options.LAYOUTS, "imagenette", "caltech256"), help="of SOURCE")
@@ -214,14 +214,13 @@ def parse() -> argparse.Namespace:
     if args.verify == (args.out is not None):
         raise UserError("--verify takes one folder" if args.verify else "OUT is needed: the folder for the shards")
     options.check_data(args)
-    args.data = args.source
     return args
 
 
 def run(args: argparse.Namespace) -> None:
     """Pack, or verify what was packed."""
     if args.verify:
-        return verify(args.source)
+        return verify(args.data)
     for split in args.splits:
         pack(args, split)
 
