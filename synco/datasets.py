@@ -1,4 +1,4 @@
-"""Data sets: a folder in ImageNet's layout, or one of torchvision's by name, all as `Images`."""
+"""Data sets: images of one's own in any layout, or one of torchvision's by name, all as `Images`."""
 
 import argparse
 import concurrent.futures

@@ -394,7 +394,7 @@ def _load(store, folder, kind="", known=None):
         if found is None or (content["folder"], content["kind"]) != (os.path.realpath(folder), kind):
             return None
         if known is not None:
-            return found if found.sum() == known else None
+            return found if content["sum"] == known else None
         states = zip(content["folders"], content["mtimes"].tolist(), content["inodes"])
         return found if all(state(folder, path) == (path, *seen) for path, *seen in states) else None
     except checkpoint.DAMAGED:
