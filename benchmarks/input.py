@@ -11,6 +11,7 @@ synco.pack). Then reading alone, the ways to decode a JPEG file, how far the two
 device's half of the work.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -72,7 +73,8 @@ def packed(images, chosen, out, *flags):
     subprocess.run(
         [sys.executable, "-m", "synco.pack", images.root, out, *words], check=True, stdout=sys.stderr, env=environment
     )
-    return datasets.stored(layouts.shards(out, "train"))
+    with contextlib.redirect_stdout(sys.stderr):
+        return datasets.stored(layouts.shards(out, "train"))
 
 
 def take_turns(versions, parts, repeat):

@@ -27,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from synco import augment, datasets, distributed, index, layouts, loader  # noqa: E402
+from synco import augment, datasets, distributed, index, layouts, loader, records  # noqa: E402
 from synco.errors import UserError  # noqa: E402
 from synco.launch import command  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
@@ -80,7 +80,7 @@ def make_shards(folder, names):
             member.size = len(content.getvalue())
             shard.addfile(member, io.BytesIO(content.getvalue()))
     spans = [(i % len(paths), tarfile.BLOCKSIZE, len(content.getvalue())) for i in range(len(names))]
-    index.write(os.path.join(folder, "train.index"), index.of_names(folder, names, paths=paths, spans=spans))
+    index.write(os.path.join(folder, "train.index"), records.of_names(folder, names, paths=paths, spans=spans))
 
 
 def start(places, args):

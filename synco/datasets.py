@@ -20,7 +20,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 
-from synco import decode, distributed, imagenet, index, layouts, options, parts, tars
+from synco import decode, distributed, imagenet, layouts, options, parts, records, tars
 from synco.decode import open_image, unreadable_named
 from synco.distributed import usable_cpus
 from synco.errors import UserError
@@ -73,7 +73,7 @@ class Images(Dataset):
 
     def checksum(self) -> int:
         """CRC-32 of the images' names and their order; it says nothing of the files' contents."""
-        if isinstance(self.names, index.Index):  # of a million names, in no time
+        if isinstance(self.names, records.Index):  # of a million names, in no time
             return self.names.checksum()
         return zlib.crc32("\0".join(self.names).encode(errors="surrogateescape"))
 
@@ -217,7 +217,7 @@ def _find(args, split, labelled):
     return found
 
 
-def stored(places: index.Index) -> Images:
+def stored(places: records.Index) -> Images:
     """The images of an index, read where they lie."""
     return Images(places.root, places.classes, places, places.targets(), _Stored(places))
 
@@ -273,7 +273,7 @@ def _named(args, split):
     if name == "caltech256":
         folder = os.path.join(found.root, "256_ObjectCategories")
         names = [f"{found.categories[y]}/{y + 1:03}_{i:04}.jpg" for y, i in zip(found.y, found.index)]
-        places = index.of_names(folder, names)  # in the same order
+        places = records.of_names(folder, names)  # in the same order
         images = Images(folder, found.categories, names, list(found.y), _Stored(places))
         _count(args, images, 30607)
         return parts.fifth(images, split == "val", args.split_seed)

@@ -8,9 +8,10 @@ import tarfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from synco import distributed, index, layouts, tars
+from synco import distributed, index, layouts, records, tars
 from synco.errors import UserError
-from synco.index import Index, is_image
+from synco.index import is_image
+from synco.records import Index
 
 PLACES = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # of the folders train and val; the others are Kaggle's
 KAGGLES = "LOC_val_solution.csv"
@@ -81,7 +82,7 @@ def _flat(root, path):
     """(the `Index` of a folder of images without class folders, states)."""
     images = [os.path.join(path, name) for name in sorted(os.listdir(os.path.join(root, path))) if is_image(name)]
     names, states = _named(root, images)
-    return index.of_names(root, names, paths=images), [index.state(root, path), *states]
+    return records.of_names(root, names, paths=images), [index.state(root, path), *states]
 
 
 def _archive(root, name):
@@ -96,7 +97,7 @@ def _archive(root, name):
         raise UserError(f"{path}: holds no images")
     names, states = _named(root, [image.name for image in images])
     spans = [(0, image.start, image.count) for image in images]
-    return index.of_names(root, names, paths=[name], spans=spans), [index.state(root, name), *states]
+    return records.of_names(root, names, paths=[name], spans=spans), [index.state(root, name), *states]
 
 
 def train_names(members: list[str], labels: list[str | None], shards: list[str]) -> list[str]:

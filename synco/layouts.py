@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from synco import distributed, files, index, tars
+from synco import distributed, files, index, records, tars
 from synco.errors import UserError
-from synco.index import Index, is_image
+from synco.index import is_image
+from synco.records import Index
 
 SPLITS = {"train": "train", "val": "val(?:idation)?"}  # as the names of shards have them
 
@@ -70,7 +71,7 @@ def listed(root: str, split: str, path: str, other: str | None = None) -> Index:
             )
         names = names_of([_relative(name, root) for name in paths], labels, path, split)
         states = [index.state(root, os.path.abspath(name)) for name in has_labels]
-        return index.of_names(root, names, labelled=labels[0] is not None, paths=paths), states
+        return records.of_names(root, names, labelled=labels[0] is not None, paths=paths), states
 
     return index.opened(root, f"list {split} {os.path.realpath(path)}", make)
 
@@ -169,7 +170,7 @@ def open_shards(root: str, split: str, paths: list[str], names: Callable, kind: 
     """
     warn_of_gaps(paths)
     place = os.path.dirname(paths[0])
-    settings = files.read_json(os.path.join(root, place, f"{split}.json"))
+    settings = files.read_json(os.path.join(root, place, f"{split}.pack.json"))
     if settings.get("short_side"):
         made = f"short side {settings['short_side']}, JPEG quality {settings['quality']}"
         distributed.say(f"{'images':18} {split}: re-encoded when they were packed ({made})")
@@ -212,7 +213,7 @@ def scan_shards(root: str, paths: list[str], names: Callable, classes: list[str]
     spans = [(numbers[path], image.start, image.count) for path, image in zip(owners, images)]
     whole = [os.path.join(root, path) for path in owners]
     named = names([image.name for image in images], labels, whole)
-    return index.of_names(root, named, labelled=labels[0] is not None, paths=paths, spans=spans), states
+    return records.of_names(root, named, labelled=labels[0] is not None, paths=paths, spans=spans), states
 
 
 def generic_names(members: list[str], labels: list[str | None], shards: list[str]) -> list[str]:

@@ -6,7 +6,7 @@
 
 SOURCE is what DATA may be, or holds Hugging Face's parquet files (pip install pyarrow). OUT gets train-000000.tar ...
 in WebDataset's convention, train.index, so that no scan is ever needed, train.sha256, as sha256sum -c reads it, and
-train.json, what they were packed with; the same for val. A packing that was killed goes on when it is called again.
+train.pack.json, what they were packed with; so for val. A packing that was killed goes on when it is called again.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
 from PIL import Image
 
-from synco import datasets, decode, distributed, files, index, layouts, metrics, options, parquet, tars
+from synco import datasets, decode, distributed, files, index, layouts, metrics, options, parquet, records, tars
 from synco.errors import Failure, UserError
 from synco.launch import command
 from synco.options import number
@@ -82,7 +82,7 @@ def pack(args: argparse.Namespace, split: str) -> None:
     """Write the shards of a split and what goes beside them; those that are there already stay."""
     source = parquet.Source(args.data, split) if parquet.files_of(args.data, split) else Stored(args, split)
     count, out = len(source.names), args.out
-    expected = index.of_names(args.data, source.names, labelled=bool(source.classes)).checksum()
+    expected = records.of_names(args.data, source.names, labelled=bool(source.classes)).checksum()
     settings = {"images": count, "images_per_shard": args.images_per_shard, "names_crc32": expected}
     settings |= {"classes": source.classes or None, "short_side": args.short_side}
     settings |= {"quality": args.quality if args.short_side else None}
@@ -142,7 +142,7 @@ def _write_shards(args, split, source, shards):
 
 def _claim(out, split, settings, names):
     """Note what is packed into a folder. Raises UserError if it holds another packing, or shards of unknown origin."""
-    path = os.path.join(out, f"{split}.json")
+    path = os.path.join(out, f"{split}.pack.json")
     there = {name for name in os.listdir(out) if re.fullmatch(rf"{split}-.*\.tar", name)}
     known = files.read_json(path)
     differ = [name for name, value in settings.items() if known and known.get(name) != value]
@@ -150,7 +150,7 @@ def _claim(out, split, settings, names):
         what = f"{differ[0]} is another" if differ else f"it has {min(there - set(names) or there)}"
         raise UserError(f"{out}: holds another packing of {split} ({what}); give another folder")
     for name in os.listdir(out):  # of one that was killed
-        if re.fullmatch(rf"{split}(-\d{{6}}\.tar|\.json|\.sha256|\.index)\.[0-9a-f]{{8}}\.tmp", name):
+        if re.fullmatch(rf"{split}(-\d{{6}}\.tar|\.pack\.json|\.sha256|\.index)\.[0-9a-f]{{8}}\.tmp", name):
             os.remove(os.path.join(out, name))
     if not known:
         files.write_json(path, settings)

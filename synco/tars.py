@@ -9,7 +9,8 @@ from typing import BinaryIO, NamedTuple
 
 from synco.errors import UserError
 from synco.files import open_regular
-from synco.index import Place, is_image
+from synco.index import is_image
+from synco.records import Place
 
 BLOCK = 512  # bytes; a tar file consists of such
 

@@ -15,7 +15,7 @@ import torchvision
 from conftest import ROOT, make_images, processes
 from PIL import Image
 
-from synco import augment, datasets, index, loader
+from synco import augment, datasets, loader, records
 from synco.distributed import Process
 from synco.errors import UserError
 
@@ -325,7 +325,7 @@ def test_a_limit_on_any_control_group_above_counts(tmp_path):
 def _free(rank):
     """The verdict where the first process has been told of more memory than the second."""
     datasets.free_memory = lambda: 10**9 if rank == 0 else 0
-    places = index.of_names(str(ROOT), ["LICENSE"])
+    places = records.of_names(str(ROOT), ["LICENSE"])
     read = datasets._Stored(places, lambda *_: Image.new("RGB", (2, 2), (1, 2, 3)))
     images = datasets.Images("x", ["c"], ["c/0"], [0], read)
     datasets._size = lambda content, name: (2, 2)

@@ -108,7 +108,9 @@ def test_other_tools_read_the_shards(tmp_path, packing):
     assert np.array_equal(samples[0][0], first)
 
 
-@pytest.mark.parametrize("cut", ["train-000002.tar", "train.json", "train.sha256", "train.index", "val-000001.tar"])
+@pytest.mark.parametrize(
+    "cut", ["train-000002.tar", "train.pack.json", "train.sha256", "train.index", "val-000001.tar"]
+)
 def test_a_packing_that_was_killed_goes_on(tmp_path, packing, monkeypatch, cut):
     from conftest import cut_at
 
@@ -234,6 +236,6 @@ def test_unlabelled_images_and_odd_names(tmp_path, packing):
     before, after = datasets.load(args, "pretrain"), datasets.load(flags(tmp_path / "out", "shards"), "pretrain")
     assert list(before.names) == list(after.names) and after.classes == [] and after.checksum() == before.checksum()
     assert [after.content(i) for i in range(3)] == [before.content(i) for i in range(3)]
-    assert json.loads((tmp_path / "out" / "train.json").read_text())["classes"] is None
+    assert json.loads((tmp_path / "out" / "train.pack.json").read_text())["classes"] is None
     listed = subprocess.run(["tar", "-tf", tmp_path / "out" / "train-000000.tar"], capture_output=True, check=False)
     assert listed.returncode == 0 and listed.stdout.count(b"\n") == 3
