@@ -32,7 +32,10 @@ def folder(root: str, split: str, labelled: bool = True) -> Index:
         return found
     if labelled or os.path.isdir(os.path.join(root, "val")):
         raise UserError(f"{root}: has no folder {split!r} in it; {wanted}")
-    return index.open_index(root, labelled=False)
+    try:
+        return index.open_index(root, labelled=False)
+    except UserError as error:
+        raise UserError(f"{error}, and {root} has no folder {split!r} in it; {wanted}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- lists
