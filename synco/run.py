@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from synco import checkpoint, distributed, files, loader, measures, metrics, options, signals
+from synco import checkpoint, distributed, files, loader, measures, metrics, options, settings, signals
 from synco.agreement import Agreement
 from synco.errors import Failure, Preempted, UserError
 from synco.folder import CONFIG, NONFINITE, RunFiles, RunFolder
@@ -47,7 +47,7 @@ class Run:
         self.deterministic = args.seed is not None or self.before.get("deterministic") is True
         torch.backends.cudnn.deterministic = self.deterministic
         torch.backends.cudnn.benchmark = not self.deterministic
-        self.seed = distributed.from_rank_0(options.choose_seed(args.seed, self.path, self.before))
+        self.seed = distributed.from_rank_0(settings.choose_seed(args.seed, self.path, self.before))
         ours = "step" in (self.saved or {})  # SynCo's and MoCo's own checkpoints have no order to go on with
         self.order = self.before.get("order", 1) if ours else loader.ORDER
 
@@ -79,7 +79,7 @@ class Run:
         self.state, self.results, self.rate_names, self.save_freq = state, results, rates, save_freq
         options.check_start(args, self.last_epoch)
         self.config = vars(args) | self._settings() | (identity or {})
-        changes = options.compare(self.before, self.config, self.kinds, self.path, force=args.force_resume)
+        changes = settings.compare(self.before, self.config, self.kinds, self.path, force=args.force_resume)
         self.reader.mark_unreadable(checkpoint.unreadable(self.saved, self.path, len(self.reader)))
         self.averages = metrics.Averages(self.heads.shape if self.heads else ())  # since the last print step
         self.epoch, self.start = args.start_epoch, 0  # where it goes on: the epoch and the step in it

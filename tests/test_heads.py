@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ARCH, command, cut_at
+from conftest import ARCH, command, cut_at, program_of
 from test_main_lincls import BEST, LAST, lines_of, refused, result
 
 from synco import checkpoint
