@@ -22,9 +22,20 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import torchvision
 
-from synco import augment, datasets, diagnostics, distributed, knn, loader, methods, metrics, options
+from synco import (
+    augment,
+    cache,
+    datasets,
+    diagnostics,
+    distributed,
+    initial,
+    knn,
+    loader,
+    methods,
+    metrics,
+    options,
+)
 from synco.builder import QueueIndex, SynCo
 from synco.errors import UserError
 from synco.folder import RunFiles
@@ -54,9 +65,13 @@ def pretrain(process: distributed.Process, args) -> None:
     optimizer = make_optimizer(args, model, precision.fused)
     state = {"state_dict": model, "optimizer": optimizer, "scaler": precision}
     state["queue_index"] = QueueIndex(model, images=len(batches.dataset.reader))
-    run.begin(batches, total, state, facts={"method": methods.describe(args, steps, total)}, save_freq=args.save_freq)
+    facts, origin = initial.load_weights(model, run, args)
+    facts = {"method": methods.describe(args, steps, total), **facts}
+    run.begin(batches, total, state, facts=facts, identity=origin, save_freq=args.save_freq)
     labels = diagnostics.labels_of(run.reader.dataset)  # for the log alone
     learner = distributed.parallel(model, process.device)
+    if not run.path and (args.fill_queue or args.init_from and args.fill_queue is None):
+        initial.fill_queue(model, batches, precision)
     weights = list(model.encoder_q.parameters())
 
     for epoch in run.epochs():
@@ -64,7 +79,7 @@ def pretrain(process: distributed.Process, args) -> None:
         for step in run.steps(epoch):
             im_q, im_k, index = precision.place(step.batch)
             if step.done == 0 and process.rank == 0:
-                run.log_image("pairs", pair_grid(im_q, im_k, args.stats))
+                run.log_image("pairs", metrics.pair_grid(im_q, im_k, options.STATS[args.stats]))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step.done, steps, args)
 
@@ -132,7 +147,7 @@ def load_data(args, process: distributed.Process, run: Run):
         bank, val = (datasets.load(args, "train") if args.dataset == "stl10" else images), datasets.load(args, "val")
         datasets.same_classes(bank, val, args.data)
     if args.cache_images:
-        datasets.cache([images, val] if args.knn_freq else [images], process.local_size, bool(args.skip_bad_images))
+        cache.keep([images, val] if args.knn_freq else [images], process, bool(args.skip_bad_images))
 
     workers = loader.workers_each(args.workers, process.local_size)
     load = {"process": process, "workers": workers, "timeout": args.worker_timeout}
@@ -203,22 +218,14 @@ def make_optimizer(args, model: SynCo, fused: bool | None) -> torch.optim.Optimi
     return torch.optim.SGD(model.parameters(), momentum=args.momentum, **settings)
 
 
-def pair_grid(im_q: torch.Tensor, im_k: torch.Tensor, stats: str, pairs: int = 8) -> torch.Tensor:
-    """The first query views above their key views, as one picture (3, H, W) in [0, 1]."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in options.STATS[stats])
-    views = torch.cat([im_q[:pairs], im_k[:pairs]]).cpu() * std + mean
-    return torchvision.utils.make_grid(views.clamp(0, 1), nrow=min(pairs, len(im_q)))
-
-
 def flags() -> options.Parser:
     """The command line: `identity` is what a run is, `schedule` how it learns, `free` may change when it goes on."""
     parser = options.Parser(__doc__)
     identity, schedule, free = parser.identity, parser.schedule, parser.free
     options.add_data(parser)
     options.add_run(parser, epochs=200, batch_size=256, save_dir="./", steps=True)
-    options.add_skipping(parser)
-    options.add_distributed(parser)
-    options.add_speed(parser)
+    for add in (options.add_skipping, options.add_distributed, options.add_speed, initial.add_flags):
+        add(parser)
     schedule("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
     schedule("--schedule", default=[120, 160], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
     schedule("--cos", action="store_true", help="cosine schedule in place of --schedule")
@@ -282,6 +289,8 @@ def parse():
          f"--moco-k is {args.moco_k}"),
         (args.blur and not (args.aug_plus or args.aug_heavy), "--blur goes with --aug-plus or --aug-heavy: MoCo v1's "
          "augmentation has none"),
+        (args.init_from and args.resume not in ("", "auto"), f"--init-from {args.init_from} begins a run, and --resume "
+         f"{args.resume} goes on with one; give one of the two"),
         (args.sync_bn and args.bn_splits > 1, f"--sync-bn and --bn-splits {args.bn_splits} contradict each other"),
         (args.sync_bn and not torch.cuda.is_available(), "--sync-bn needs GPUs, and this machine has none"),
         (args.aug_plus and args.aug_heavy, "--aug-plus and --aug-heavy contradict each other"),

@@ -12,6 +12,8 @@ device's half of the work.
 """
 
 import contextlib
+import functools
+import importlib
 import json
 import os
 import random
@@ -52,16 +54,18 @@ def decoders():
     """The ways to decode a JPEG that keep PIL's pixels, if they are installed: {name: (bytes, name) → pixels}."""
     found = {
         "PIL": decode.read_image,
-        "torchvision.io": lambda content, _: torchvision.io.decode_jpeg(
-            torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=torchvision.io.ImageReadMode.RGB
-        ),
         "synco.decode.read_uint8": decode.read_uint8,
     }
-    try:
+    for name, package in (("torchvision.io", "torchvision.io"), ("TorchCodec", "torchcodec.decoders")):
+        with contextlib.suppress(ImportError, AttributeError):
+            package = importlib.import_module(package)
+            rgb = functools.partial(package.decode_jpeg, mode=package.ImageReadMode.RGB)
+            found[name] = lambda content, _, rgb=rgb: rgb(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    with contextlib.suppress(ImportError):
         import simplejpeg
-    except ImportError:
-        return found
-    return found | {"simplejpeg": lambda content, _: simplejpeg.decode_jpeg(content)}
+
+        found["simplejpeg"] = lambda content, _: simplejpeg.decode_jpeg(content)
+    return found
 
 
 def packed(images, chosen, out, *flags):

@@ -23,10 +23,21 @@ def weights_of(
         raise UserError(f"{path}: is a checkpoint of {content['arch']!r}; --arch is {arch!r}")
     if is_classifier(content) and not classifier:
         raise UserError(f"{path}: is a classifier's checkpoint; --pretrained takes a pretraining's")
+    weights = _network(content)
+    return {name: w for name, w in weights.items() if not name.startswith((head + ".", *AUXILIARY))}
+
+
+def head_of(content: dict, head: str = "fc") -> dict[str, torch.Tensor]:
+    """The head in a checkpoint, under its names in the network, {} where there is none. content, head: `weights_of`."""
+    return {name: w for name, w in _network(content).items() if name.startswith(head + ".")}
+
+
+def _network(content):
+    """The weights of the network that is taken, under its own names."""
     weights = checkpoint.unprefixed(content["state_dict"])
     if is_pretraining(content):
         weights = {name.removeprefix(ENCODER): w for name, w in weights.items() if name.startswith(ENCODER)}
-    return {name: w for name, w in weights.items() if not name.startswith((head + ".", *AUXILIARY))}
+    return weights
 
 
 def is_classifier(content: dict) -> bool:

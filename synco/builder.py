@@ -177,10 +177,7 @@ class SynCo(nn.Module):
         keys = [self._keys(images, step, way) for way, (_, images) in enumerate(ways)]  # (W·N, C) each
         k = torch.cat([part[rank * N : (rank + 1) * N] for part in keys])  # this process's, one for each row of q
         keys = torch.cat(keys)
-        if len(keys) > self.K:
-            raise ValueError(f"the keys of a step are {len(keys)} and the queue has {self.K} rows")
-
-        slots = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K  # computed on the device
+        slots = self._next_slots(len(keys))
         numbers = None if index is None else index.repeat(len(ways))  # of each row of q
         before = (self.queue.clone(), self.queue_index.clone()) if inspect else ()
         self.inspection = Inspection(q.detach(), k, *before, numbers) if inspect else None
@@ -188,12 +185,38 @@ class SynCo(nn.Module):
         generator = torch.Generator(q.device).manual_seed(distributed.seed_of("negatives", self.seed, step, rank))
         logits = self.logits(q, k, slots, self.counts_at(epoch), generator, own)
         labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
+        self._enqueue(keys, slots, index)
+        return logits, labels
 
+    @torch.no_grad()
+    def fill(self, im_q: torch.Tensor, im_k: torch.Tensor, index: torch.Tensor, *, step: int) -> int:
+        """Put the keys of a batch into the queue as `forward` does, but move no encoder → how many those are.
+
+        BatchNorm takes the statistics of the batch, as for the keys that a query meets later, and its running ones stay
+        as they are. im_q, im_k, index: as for `forward`; step: seeds the shuffling. Every process must call this.
+        Raises ValueError if the keys of all processes outnumber the queue.
+        """
+        buffers = list(self.encoder_k.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        views = (im_k, im_q) if self.symmetric else (im_k,)
+        keys = torch.cat([self._keys(images, step, way) for way, images in enumerate(views)])
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+        self._enqueue(keys, self._next_slots(len(keys)), index)
+        return len(keys)
+
+    def _next_slots(self, count):
+        """The queue rows that the next `count` keys go to, computed on the device (count,)."""
+        if count > self.K:
+            raise ValueError(f"the keys of a step are {count} and the queue has {self.K} rows")
+        return (self.queue_ptr + torch.arange(count, device=self.queue_ptr.device)) % self.K
+
+    def _enqueue(self, keys, slots, index):
+        """keys (W·N, C), of each view once, take their rows of the queue; index (N,): this process's images."""
         self.queue.index_copy_(0, slots, keys)
         self.queue_ptr.copy_((slots[-1:] + 1) % self.K)
-        new = torch.full_like(slots, -1) if index is None else distributed.gather(index).repeat(len(ways))
+        new = torch.full_like(slots, -1) if index is None else distributed.gather(index).repeat(1 + self.symmetric)
         self.queue_index.index_copy_(0, slots, new)
-        return logits, labels
 
     def logits(
         self,

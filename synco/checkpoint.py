@@ -116,12 +116,15 @@ def _tail(file, count):
 def load(path: str) -> dict:
     """A checkpoint as a dict of CPU tensors and plain values, new or old format; nothing in it is executed.
 
-    It has a `state_dict` (a file of weights alone becomes one) and a `config`, empty where the file has none.
+    It has a `state_dict` (a file of weights alone, .safetensors among them, becomes one) and a `config`, empty where
+    the file has none.
 
     Raises UserError that names a file which is missing, truncated, not a checkpoint, or needs more than tensors.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'is not a file' if os.path.exists(path) else 'no such checkpoint file'}")
+    if os.fspath(path).endswith(".safetensors"):
+        return _load_safetensors(path)
     check_whole(path)
     try:
         with warnings.catch_warnings():
@@ -145,6 +148,23 @@ def load(path: str) -> dict:
     if not isinstance(checkpoint.get("config"), dict):  # MoCo's and SynCo's own have none
         checkpoint["config"] = {}
     return checkpoint
+
+
+def _load_safetensors(path):
+    """What `load` gives of a .safetensors file; the network's name, epoch, stem and statistics are `export`'s."""
+    try:
+        import safetensors.torch  # an optional package, used for this format alone
+    except ImportError:
+        raise UserError(f"{path}: safetensors is not installed; pip install safetensors") from None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+        weights = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, *DAMAGED) as error:
+        raise UserError(f"{path}: not a whole .safetensors file ({_first_line(error)})") from error
+    found = {"state_dict": weights, "config": {name: facts[name] for name in ("stem", "stats") if name in facts}}
+    found |= {"arch": facts["arch"]} if "arch" in facts else {}
+    return found | ({"epoch": int(facts["epoch"])} if facts.get("epoch", "").isdecimal() else {})
 
 
 def _first_line(error):

@@ -12,6 +12,7 @@ import torch.nn as nn
 from synco import (
     augment,
     backbone,
+    cache,
     checkpoint,
     datasets,
     distributed,
@@ -22,7 +23,6 @@ from synco import (
     options,
     subsets,
 )
-from synco.distributed import say
 from synco.errors import Failure, UserError
 from synco.folder import RunFiles
 from synco.heads import Heads, after, describe, summarize, validate
@@ -99,7 +99,7 @@ class Classifier:
             datasets.same_classes(train, val, args.data)
             self.images = train = choose(train) if choose else train
         if args.cache_images:
-            datasets.cache([train, val] if train else [val], process.local_size, bool(args.skip_bad_images))
+            cache.keep([train, val] if train else [val], process, bool(args.skip_bad_images))
         centre = augment.center_view(settings["img_size"], settings["stats"])
         self.shown_as = lambda images: loader.eval_loader(images.with_transform(centre), batch, **load)
         self.shown = {"val": self.shown_as(val)}
@@ -282,7 +282,9 @@ class Classifier:
             self.last, before = summarize(results, done) | self.heads.label(best), self.best
             better = before is None or self.last["top1"] > before["top1"]
             self.best = self.last if better else before
-            say(f"Epoch {epoch} {describe(results, self.last)}  (best {self.best['top1']:.2f} %{after(self.best)})")
+            distributed.say(
+                f"Epoch {epoch} {describe(results, self.last)}  (best {self.best['top1']:.2f} %{after(self.best)})"
+            )
         if better:  # first, so that a run which is stopped in between writes it again
             kept = self.heads.keep(best)
             if self.run.save_best():
@@ -313,7 +315,7 @@ class Classifier:
         more, reported = {}, ""
         if self.heads.several:
             for line in self.heads.table():
-                say(line)
+                distributed.say(line)
             more = {"heads": self.heads.result(), "chosen_on": self.chosen_on}
         if self.val and not again:
             more["val"] = self._validate_choice()
@@ -324,7 +326,7 @@ class Classifier:
             except OSError as error:
                 raise Failure(f"{path}: cannot be written ({error.strerror}); the checkpoints are whole") from error
         top5 = f" (top-5 {best['top5']:.2f} %)" if best["top5"] is not None else ""
-        say(
+        distributed.say(
             f"Done. Best top-1 {best['top1']:.2f} %{top5}{after(best)}, {last['top1']:.2f} % after all "
             f"{self.args.epochs}.{reported} {path}"
         )
@@ -353,7 +355,7 @@ class Classifier:
             self._write_results(result, run.path, files.sha256(run.path), results["val"][1])
         if self.batches:
             reader.report_unreadable()
-        say(f"{describe(results, {})}. {run.folder.file('result.json')}")
+        distributed.say(f"{describe(results, {})}. {run.folder.file('result.json')}")
 
     def _write_results(self, result, path, digest, confusion=None):
         """result.json and with a confusion matrix the tables. Other results that are there get another name."""

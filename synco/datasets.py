@@ -1,28 +1,23 @@
 """Data sets: images of one's own in any layout, or one of torchvision's by name, all as `Images`."""
 
 import argparse
-import concurrent.futures
 import copy
-import functools
 import http.client
 import lzma
 import os
-import pathlib
 import pickle
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import Dataset
 
 from synco import decode, distributed, imagenet, layouts, options, parts, records, tars
-from synco.decode import open_image, unreadable_named
-from synco.distributed import usable_cpus
+from synco.decode import unreadable_named
 from synco.errors import UserError
 
 IMAGENETTE = "imagenette2-320"  # the folder of the version whose shorter sides have 320 pixels
@@ -100,6 +95,10 @@ class Images(Dataset):
         """Whether the images are encoded somewhere, in files of their own or in others."""
         return isinstance(self._read, _Stored)
 
+    def read_by(self, read: Callable[[int], Image.Image]) -> None:
+        """Have the images read by another function, of their position here."""
+        self._read, self._numbers = read, range(len(self))
+
     def content(self, position: int) -> bytes:
         """An image's bytes, where it has some. Raises UserError that names a file which cannot be read."""
         return self._read.content(self._numbers[position])
@@ -146,20 +145,6 @@ class _Arrays:
 
     def __call__(self, number):
         return self.dataset[number][0].convert("RGB")
-
-
-class _Cached:
-    """Reads images from one tensor that holds their pixels: worker processes share it without a copy."""
-
-    def __init__(self, pixels, starts, sizes, errors):
-        self.pixels, self.starts, self.sizes, self.errors = pixels, starts, sizes, errors
-
-    def __call__(self, number):
-        if number in self.errors:
-            raise UserError(self.errors[number])
-        width, height = self.sizes[number].tolist()
-        start = self.starts[number]
-        return Image.fromarray(self.pixels[start : start + 3 * width * height].view(height, width, 3).numpy())
 
 
 # ------------------------------------------------------------------------------------------------------ opening them
@@ -297,88 +282,3 @@ def _count(args, images, wanted):
     if len(images) < wanted:
         remedy = "to fetch it whole, remove it and give --download"
         distributed.warn(f"--dataset {args.dataset}: {images.root} holds {len(images)} of {wanted} images; {remedy}")
-
-
-# ------------------------------------------------------------------------------------------------------ in memory
-
-
-def cache(splits: Iterable[Images], local_size: int, tolerant: bool = False) -> None:
-    """Keep the decoded pixels of these `Images` in memory, one copy for each of a node's processes.
-
-    tolerant: an image that cannot be read is no error before it is asked for.
-    Says how much that is. Raises UserError, before it reads them, if more than nine tenths of the free memory.
-    """
-
-    def size_of(images, position):
-        try:
-            return _size(images.content(position), images.where(position))
-        except UserError:
-            if not tolerant:
-                raise
-            return 0, 0
-
-    splits = [images for images in splits if images.has_bytes()]
-    if not splits:
-        distributed.say(f"{'cached images':18} all, as this data set always is")
-        return
-    with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:  # PIL decodes without Python's lock
-        sizes = [np.array(list(pool.map(functools.partial(size_of, images), range(len(images))))) for images in splits]
-        needed = sum(3 * int(size.prod(axis=1).sum()) for size in sizes)
-        free = distributed.from_rank_0(free_memory())  # one verdict, from before any process has filled its own
-        each = f", {local_size} times on this node" if local_size > 1 else ""
-        if needed * local_size > 0.9 * free:
-            raise UserError(f"--cache-images: they take {_gigabytes(needed)}{each}, and {_gigabytes(free)} are free")
-        count = sum(map(len, splits))
-        distributed.say(
-            f"{'cached images':18} {count}, {_gigabytes(needed)}{each}, of {_gigabytes(free)} that are free"
-        )
-        for images, size in zip(splits, sizes):
-            ends = np.cumsum(3 * size.prod(axis=1))
-            starts = ends - 3 * size.prod(axis=1)
-            pixels, errors = torch.empty(int(ends[-1]), dtype=torch.uint8), {}
-
-            def keep(position, images=images, pixels=pixels, starts=starts, ends=ends, errors=errors):
-                try:
-                    found = np.asarray(images.image(position))
-                except UserError as error:
-                    if not tolerant:
-                        raise
-                    errors[position] = str(error)
-                    return
-                pixels[starts[position] : ends[position]] = torch.from_numpy(found.reshape(-1).copy())
-
-            list(pool.map(keep, range(len(images))))
-            images._read, images._numbers = _Cached(pixels, starts, size, errors), range(len(images))
-
-
-def _size(content, name):
-    """(width, height) of the image in a file's content, from its header. Raises UserError that names one without."""
-    with unreadable_named(name), open_image(content, name) as image:
-        return image.size
-
-
-def free_memory(root: str | os.PathLike = "/") -> int:
-    """Bytes of memory that are free for this process: the machine's, or those of a control group that has fewer.
-
-    A batch system may limit any group above the process's own. root: of the file system, where /proc and /sys are.
-    """
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    root = pathlib.Path(root)
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        own = pathlib.PurePosixPath((root / "proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/"))
-    except OSError:  # not Linux
-        return min(found)
-    for group in (own, *own.parents):
-        folder = root / "sys/fs/cgroup" / group
-        try:
-            used = int((folder / "memory.stat").read_text().split()[1])  # "anon": what is not the cache of files
-            found.append(int((folder / "memory.max").read_text()) - used)
-        except (OSError, ValueError):  # no such group here, or "max": no limit
-            pass
-    return min(found)
-
-
-def _gigabytes(count):
-    return f"{count / 1e9:.2f} GB"

@@ -1,14 +1,16 @@
 """From an image's bytes to its pixels: RGB by PIL, or uint8 tensors; what cannot be read is named."""
 
 import contextlib
+import functools
 import io
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as F
 
 from synco import files
@@ -60,6 +62,12 @@ def open_image(content: bytes, name: str) -> Iterator[Image.Image]:
         yield image
 
 
+def size_of(content: bytes, name: str) -> tuple[int, int]:
+    """(width, height) of the image in a file's content, by its header. Raises UserError that names one without."""
+    with unreadable_named(name), open_image(content, name) as image:
+        return image.size
+
+
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # PIL's modes of one channel of more than 8 bits
 
 
@@ -84,18 +92,57 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_uint8(content: bytes, name: str, when_scaled: Callable[[str], None] | None = None) -> torch.Tensor:
     """The image in a file's content as a uint8 tensor (3, H, W), with the pixels of `read_image`.
 
-    JPEG files go through torchvision's decoder: it is libjpeg-turbo, as PIL's is, and makes the tensor without a copy.
+    JPEG files go through `jpeg_decoder`, which makes the tensor without a copy.
     Raises UserError that names what cannot be read. name, when_scaled: as for `read_image`.
     """
     try:
         with open_image(content, name) as image:  # refuses monstrous sizes
-            # the decoder is deprecated since torchvision 0.29: PIL does as well, at 0.9 of the speed
-            if image.format == "JPEG" and hasattr(torchvision.io, "decode_jpeg"):
-                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-                return torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
+            if image.format == "JPEG" and (decode := jpeg_decoder()):
+                return decode(content, image)
     except UNREADABLE:
         pass  # PIL's word decides whether the file is good, and which is its fault
     return to_uint8(read_image(content, name, when_scaled))
+
+
+def _by_torchvision(content, image):
+    """Deprecated since torchvision 0.29, of which it warns at each call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torchvision.io.decode_jpeg(_tensor(content), mode=torchvision.io.ImageReadMode.RGB)
+
+
+def _by_torchcodec(content, image):
+    """Raises ValueError for an image that TorchCodec would turn as its EXIF data say, which PIL does not."""
+    from torchcodec.decoders import decode_jpeg  # an optional package, used where torchvision has no decoder
+
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        raise ValueError("it is to be turned")
+    return decode_jpeg(_tensor(content), mode="RGB")
+
+
+def _tensor(content):
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+# functions of (a JPEG file's content, PIL's image of it) → uint8 (3, H, W); they use libjpeg-turbo, as PIL does
+JPEG_DECODERS = {"torchvision.io": _by_torchvision, "TorchCodec": _by_torchcodec}
+
+
+@functools.cache
+def jpeg_decoder() -> Callable[[bytes, Image.Image], torch.Tensor] | None:
+    """The first of `JPEG_DECODERS` that is installed and has PIL's pixels; None: PIL itself is to decode."""
+    return next(filter(has_pils_pixels, JPEG_DECODERS.values()), None)
+
+
+def has_pils_pixels(decode: Callable[[bytes, Image.Image], torch.Tensor]) -> bool:
+    """Whether a decoder is installed and makes of a small image what PIL does; its library may be another."""
+    file, ramp = io.BytesIO(), Image.linear_gradient("L").resize((24, 24))
+    Image.merge("RGB", [ramp, ramp.rotate(90), ramp.rotate(180)]).save(file, "JPEG")
+    with Image.open(file) as image:
+        try:
+            return torch.equal(decode(file.getvalue(), image), to_uint8(image))
+        except (ImportError, AttributeError, *UNREADABLE):  # it is not there, or its own libraries are not
+            return False
 
 
 def to_uint8(image: Image.Image | torch.Tensor) -> torch.Tensor:

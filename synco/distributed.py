@@ -69,12 +69,13 @@ def cpu_share() -> Fraction:
     Processes that srun binds to parts of the node have those to themselves; those of torchrun or spawned ones, and of a
     container, share what they all may run on. Every process must call this.
     """
-    here, own = _node(), _cpus()
+    here, own = node(), _cpus()
     masks = [cpus for node, cpus in from_all((here, own)) if node == here]
     return sum((Fraction(1, sum(cpu in cpus for cpus in masks)) for cpu in own), Fraction(0))
 
 
-def _node() -> str:
+def node() -> str:
+    """What the processes of one machine have in common."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:  # containers of one machine have names of their own
             return file.read()
@@ -243,6 +244,15 @@ def warn(text: str) -> None:
     """Print a warning on stderr, in rank 0 alone."""
     if rank() == 0:
         print(f"{os.path.basename(sys.argv[0])}: warning: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def share_weights(module: nn.Module) -> None:
+    """Give every process rank 0's parameters and buffers, in place."""
+    if dist.is_initialized():
+        for tensor in module.state_dict().values():
+            memory = tensor.contiguous()  # what is sent, whatever the layout of the weights
+            dist.broadcast(memory, src=0)
+            tensor.copy_(memory)
 
 
 def share_buffers(module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from synco import augment, datasets, distributed, export, knn, loader, options
+from synco import augment, cache, datasets, distributed, export, knn, loader, options
 from synco.errors import UserError
 from synco.networks import try_images
 
@@ -36,7 +36,7 @@ def feature_map(args) -> Map:
     settings = options.resolve_image_settings(args, args.checkpoint, saved["config"])
     try_images(network.to(process.device), saved["arch"], settings["img_size"])
     if args.cache_images:
-        datasets.cache([images], process.local_size)
+        cache.keep([images], process)
     view = images.with_transform(augment.center_view(settings["img_size"], settings["stats"]))
     workers = loader.workers_each(args.workers, process.local_size)
     load = {"process": process, "workers": workers, "timeout": args.worker_timeout}

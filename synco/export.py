@@ -150,15 +150,11 @@ def without_head(network: nn.Module, head: str) -> dict[str, torch.Tensor]:
 
 def head_weights(saved: dict[str, Any], path: str, head: str) -> dict[str, torch.Tensor]:
     """The head that the checkpoint holds, under its own names. Raises UserError if there is none that holds numbers."""
-    weights = checkpoint.unprefixed(saved["state_dict"])
-    prefix = backbone.ENCODER if backbone.is_pretraining(saved) else ""
-    found = {name: tensor for name, tensor in weights.items() if name.startswith(f"{prefix}{head}.")}
+    found = backbone.head_of(saved, head)
     if not found:
         raise UserError(f"{path}: --with-head: there is no head ({head}.*) in it")
     checkpoint.check_real(found, path)
-    return {
-        name.removeprefix(prefix): tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()
-    }
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
 
 
 def origin(saved: dict[str, Any], path: str) -> dict[str, Any]:

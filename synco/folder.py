@@ -108,7 +108,7 @@ class RunFolder:
         if path and resume != "auto" and not os.path.isfile(path):
             raise UserError(f"{path}: no such checkpoint file")
         self._check_kind(path)
-        inside = bool(path) and self._holds(path)
+        inside = bool(path) and self.holds(path)
         if inside and self.overwrite:
             raise UserError(f"--overwrite would remove {path}, which --resume names; give one of the two")
         if inside and os.path.basename(path) in [os.path.basename(older) for older in held[:-1]]:
@@ -127,7 +127,8 @@ class RunFolder:
         self._check_log(inside, content)
         return path, content
 
-    def _holds(self, path):
+    def holds(self, path: str) -> bool:
+        """Whether a file of that path lies in the folder."""
         return os.path.realpath(os.path.dirname(path)) == os.path.realpath(self.path)
 
     def _newest_whole(self, held):
@@ -153,7 +154,7 @@ class RunFolder:
                 raise UserError(f"{name}: is a folder, where a run writes a file; move it, or give another folder")
         own = {*self.checkpoints(), *self.results()}
         strange = [product for product in self._products() if product not in own]
-        if strange and not (path and self._holds(path)):
+        if strange and not (path and self.holds(path)):
             raise UserError(
                 f"--save-dir {self.path} holds a run of another program ({os.path.basename(strange[0])}); give another"
             )
@@ -211,7 +212,7 @@ class RunFolder:
             if os.path.exists(self.path) and not os.path.isdir(self.path):
                 raise UserError(f"--save-dir {self.path}: is not a folder")
             others = [product for product in self._products() if not product.endswith("result.json")]
-            if others and not self._holds(path):
+            if others and not self.holds(path):
                 raise UserError(f"--save-dir {self.path} holds a run ({os.path.basename(others[0])}); give another")
         path = distributed.from_rank_0(path)
         return path, checkpoint.load(path)
@@ -244,12 +245,12 @@ class RunFolder:
                 os.remove(self.file(name))
         given_up = [self.file(MARKER)]
         given_up += [*self.checkpoints(), *self.results()] if self.overwrite else []
-        other = not resumed or not (self._holds(resumed) or self._log_is_apart())  # the log of a run that never saved
+        other = not resumed or not (self.holds(resumed) or self._log_is_apart())  # the log of a run that never saved
         given_up += metrics.log_files(self.log_path) if self.overwrite or other else []
         for path in given_up:
             if os.path.lexists(path):
                 os.remove(path)
-        if resumed and self._holds(resumed) and os.path.basename(resumed) != self.files.within:
+        if resumed and self.holds(resumed) and os.path.basename(resumed) != self.files.within:
             self.prune(os.path.basename(resumed))
 
     def bring_along(self, path: str, *, within: bool) -> None:

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from synco import augment, backbone, datasets, distributed, export, loader, options
+from synco import augment, backbone, cache, datasets, distributed, export, loader, options
 from synco.distributed import Process
 from synco.launch import launch
 from synco.networks import encode, head_name, network_errors_as_user_errors, network_of, try_images
@@ -173,7 +173,7 @@ def run(process: Process, args: argparse.Namespace) -> None:
     distributed.say(f"{source}; {arch} at {size} pixels")
 
     if args.cache_images:
-        datasets.cache([train, val], process.local_size)
+        cache.keep([train, val], process)
     batch = loader.batch_each(args.batch_size, process.local_size)
     workers = loader.workers_each(args.workers, process.local_size)
     shown = [part.with_transform(augment.center_view(size, settings["stats"])) for part in (train, val)]

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -364,3 +364,15 @@ def duration(seconds: float) -> str:
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
     return f"{days} d {h:02}:{m:02}:{s:02}" if days else f"{h}:{m:02}:{s:02}"
+
+
+def pair_grid(
+    im_q: torch.Tensor, im_k: torch.Tensor, stats: tuple[Sequence[float], Sequence[float]], pairs: int = 8
+) -> torch.Tensor:
+    """The first query views above their key views (N, 3, H, W), as one picture (3, H', W') in [0, 1].
+
+    stats: mean and deviation of the three channels, with which the views are normalised.
+    """
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in stats)
+    views = torch.cat([im_q[:pairs], im_k[:pairs]]).cpu() * std + mean
+    return torchvision.utils.make_grid(views.clamp(0, 1), nrow=min(pairs, len(im_q)))

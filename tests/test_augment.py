@@ -4,6 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import make_images
 from PIL import Image
 from torchvision import transforms
@@ -197,6 +198,44 @@ def test_files_are_read_with_pils_pixels(tmp_path, mode, format):
     found = decode.read_uint8(content, path)
     assert found.dtype == torch.uint8
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("decoder", [*decode.JPEG_DECODERS, None])
+def test_each_decoder_keeps_pils_pixels(tmp_path, monkeypatch, recwarn, decoder):
+    """Photographs have other sizes than multiples of 8, and may say that they are to be turned, which nobody does."""
+    if decoder and not decode.has_pils_pixels(decode.JPEG_DECODERS[decoder]):
+        pytest.skip(f"{decoder} is not installed")
+    monkeypatch.setattr(decode, "jpeg_decoder", lambda: decode.JPEG_DECODERS.get(decoder))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation
+    for mode, more in (("RGB", {}), ("RGB", {"subsampling": 0, "progressive": True}), ("L", {}), ("CMYK", {}),
+                       ("RGB", {"exif": exif})):  # fmt: skip
+        path = str(tmp_path / "x.jpg")
+        smooth(2, (61, 47)).convert(mode).save(path, "JPEG", **more)
+        content = decode.content_of(path)
+        expected = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(decode.read_uint8(content, path), expected)
+    assert not recwarn
+
+
+def test_a_decoder_that_is_not_there_or_differs_is_passed_over(monkeypatch):
+    """torchvision's may be a stub without its library, or gone; another's pixels may be other ones."""
+
+    def gone(content, image):
+        raise AttributeError("'_OpNamespace' 'image' object has no attribute 'decode_jpeg'")
+
+    def turned(content, image):
+        return decode.to_uint8(image.transpose(Image.Transpose.ROTATE_90))
+
+    def right(content, image):
+        return decode.to_uint8(image)
+
+    for decoders, found in (([gone, turned, right], right), ([gone, turned], None)):
+        monkeypatch.setattr(decode, "JPEG_DECODERS", dict(enumerate(decoders)))
+        assert decode.jpeg_decoder.__wrapped__() is found
+    monkeypatch.undo()
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    assert not decode.has_pils_pixels(decode._by_torchvision)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,34 @@ def test_queue_is_first_in_first_out_and_wraps_around():
         model(torch.randn(21, 6), torch.randn(21, 6))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_filling_puts_in_the_keys_of_a_batch_and_moves_no_encoder(symmetric):
+    """In float64, with BatchNorm by the batch's statistics, which leave no trace; the queue wraps around."""
+    model = small(symmetric=symmetric, mask_same_image=True).double()
+    model.queue_ptr.fill_(18)
+    im_q, im_k = torch.randn(2, 3, 6, dtype=torch.float64)
+    before, linear, norm, _, head = copy.deepcopy(model), *model.encoder_k
+    assert model.fill(im_q, im_k, torch.tensor([7, 8, 9]), step=0) == (6 if symmetric else 3)
+
+    rows = []
+    for images in (im_k, im_q)[: 1 + symmetric]:
+        hidden = images.numpy() @ linear.weight.numpy().T + linear.bias.numpy()
+        hidden = (hidden - hidden.mean(axis=0)) / np.sqrt(hidden.var(axis=0) + norm.eps)
+        keys = np.maximum(hidden, 0) @ head.weight.numpy().T + head.bias.numpy()
+        rows += list(keys / np.linalg.norm(keys, axis=1, keepdims=True))
+    places = [(18 + i) % 20 for i in range(len(rows))]
+    np.testing.assert_allclose(model.queue[places], rows, atol=1e-12)
+    others = [row for row in range(20) if row not in places]
+    assert torch.equal(model.queue[others], before.queue[others]) and model.queue_ptr.item() == (18 + len(rows)) % 20
+    assert model.queue_index[places].tolist() == [7, 8, 9] * (1 + symmetric)
+    assert (model.queue_index[others] == -1).all()
+    left = [name for name in before.state_dict() if name not in ("queue", "queue_ptr")]
+    assert all(torch.equal(model.state_dict()[name], before.state_dict()[name]) for name in left)
+    with pytest.raises(ValueError, match="the keys of a step are 22 and the queue has 20 rows"):
+        many = torch.randn(11 if symmetric else 22, 6, dtype=torch.float64)
+        model.fill(many, many, torch.arange(len(many)), step=1)
+
+
 def test_key_encoder_is_the_moving_average():
     model = small(m=0.75)
     with torch.no_grad():

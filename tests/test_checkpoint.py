@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import random
+import sys
 import zipfile
 
 import pytest
@@ -298,3 +299,15 @@ def test_where_checkpoints_of_before_stopped():
         checkpoint.position({"epoch": 4, **more}, "x", 3) for more in ({"step": 10}, {"step": 12}, {}, {"step": "a"})
     ]
     assert found == [10, 12, 12, 12]
+
+
+def test_safetensors_of_others(tmp_path, monkeypatch):
+    """Weights alone, as timm publishes them, and what is said where the package is not installed."""
+    save = pytest.importorskip("safetensors.torch").save_file
+    save({"conv1.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors", {"format": "pt"})
+    content = checkpoint.load(tmp_path / "x.safetensors")
+    assert content.keys() == {"state_dict", "config"} and content["config"] == {}
+    assert torch.equal(content["state_dict"]["conv1.weight"], torch.ones(2, 3))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="x.safetensors: safetensors is not installed; pip install safetensors$"):
+        checkpoint.load(tmp_path / "x.safetensors")

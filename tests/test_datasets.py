@@ -10,12 +10,11 @@ import urllib.error
 
 import numpy as np
 import pytest
-import torch
 import torchvision
-from conftest import ROOT, make_images, processes
+from conftest import make_images, processes
 from PIL import Image
 
-from synco import augment, datasets, loader, records
+from synco import datasets
 from synco.distributed import Process
 from synco.errors import UserError
 
@@ -264,82 +263,3 @@ def test_a_part_keeps_names_labels_and_images_together(uneven):
         assert part.names[position] == whole.names[before] and part.targets[position] == whole.targets[before]
         assert np.array_equal(part[position][0], whole[before][0])
         assert part.where(position) == os.path.join(uneven, "train", whole.names[before])
-
-
-# ------------------------------------------------------------------------------------------------------ the cache
-
-
-def test_cached_images_are_the_same(uneven, capsys, monkeypatch):
-    whole = datasets.image_folder(uneven, "train")
-    part = whole.subset([11, 3, 16])
-    Image.new("RGB", (7, 90), (1, 2, 3)).save(os.path.join(uneven, "train", part.names[1]))
-    before = [np.asarray(image) for image, _ in part]
-    monkeypatch.setattr(datasets, "free_memory", lambda: 10**9)
-    datasets.cache([part], 2)
-    needed = 3 * (2 * 40 * 40 + 7 * 90)
-    told = f"cached images      3, {needed / 1e9:.2f} GB, 2 times on this node, of 1.00 GB that are free\n"
-    assert capsys.readouterr().out == told
-    for name in part.names:
-        os.remove(os.path.join(uneven, "train", name))  # they are not read again
-    assert all(np.array_equal(image, other) for (image, _), other in zip(part, before))
-    assert np.array_equal(part.subset([2])[0][0], before[2])
-    images = part.with_transform(augment.center_view(24))
-    for workers in (0, 1):
-        batch, labels = next(iter(loader.eval_loader(images, 3, process=Process(), workers=workers)))
-        assert (
-            torch.equal(batch[1], augment.center_view(24)(Image.fromarray(before[1])))
-            and labels.tolist() == part.targets
-        )
-
-
-def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(uneven, monkeypatch):
-    images = datasets.image_folder(uneven, "train")
-    needed = 17 * 40 * 40 * 3
-    monkeypatch.setattr(datasets, "free_memory", lambda: needed * 2 / 0.9 + 1)
-    datasets.cache([images], 2)
-    fresh = datasets.image_folder(uneven, "train")
-    monkeypatch.setattr(datasets, "free_memory", lambda: needed * 2 / 0.9 - 1)
-    monkeypatch.setattr(datasets.Images, "image", lambda self, position: pytest.fail("an image was read"))
-    with pytest.raises(UserError, match="--cache-images: they take 0.00 GB, 2 times on this node, and 0.00"):
-        datasets.cache([fresh], 2)
-
-
-def test_free_memory_is_no_more_than_the_machine_has():
-    assert 10**7 < datasets.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def test_a_limit_on_any_control_group_above_counts(tmp_path):
-    """As batch systems set them: on the job's, while the process's own has none."""
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    500000 kB\n")
-    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/slurm/job_7/step_0/task_0\n")
-    assert datasets.free_memory(tmp_path) == 500_000 * 1024  # there are no such groups
-    for group, limit in (("slurm", "300000"), ("slurm/job_7", "200000"), ("slurm/job_7/step_0/task_0", "max")):
-        folder = tmp_path / "sys" / "fs" / "cgroup" / group
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.max").write_text(limit + "\n")
-        (folder / "memory.stat").write_text("anon 120000\nfile 999999\n")
-    assert datasets.free_memory(tmp_path) == 200_000 - 120_000
-
-
-def _free(rank):
-    """The verdict where the first process has been told of more memory than the second."""
-    datasets.free_memory = lambda: 10**9 if rank == 0 else 0
-    places = records.of_names(str(ROOT), ["LICENSE"])
-    read = datasets._Stored(places, lambda *_: Image.new("RGB", (2, 2), (1, 2, 3)))
-    images = datasets.Images("x", ["c"], ["c/0"], [0], read)
-    datasets._size = lambda content, name: (2, 2)
-    datasets.cache([images], 2)
-    return np.asarray(images[0][0])[0, 0].tolist()
-
-
-def test_processes_that_fill_their_caches_leave_the_others_verdict_alone(tmp_path):
-    """What one has taken before another asks is no less free memory: it was counted for both."""
-    assert processes(2, _free) == [[1, 2, 3]] * 2
-
-
-def test_data_sets_that_are_in_memory_need_no_cache(tmp_path, monkeypatch, capsys):
-    cifar(tmp_path, monkeypatch)
-    images = datasets.load(flags(tmp_path, "cifar10"), "train")
-    datasets.cache([images], 1)
-    assert "as this data set always is" in capsys.readouterr().out and images[0][0].size == (32, 32)

@@ -1,5 +1,6 @@
 """Real gloo processes: shuffling, gathering, one queue for all."""
 
+import copy
 import datetime
 import functools
 import os
@@ -93,7 +94,7 @@ def test_processes_wait_for_each_other_however_long_it_takes():
 def test_cpus_are_shared_with_the_processes_of_the_node_that_may_run_on_them(monkeypatch, masks, shares):
     masks = [set(mask) for mask in masks]
     everyone = [(node, mask) for node in ("here", "elsewhere") for mask in masks]
-    monkeypatch.setattr(distributed, "_node", lambda: "here")
+    monkeypatch.setattr(distributed, "node", lambda: "here")
     monkeypatch.setattr(distributed, "from_all", lambda own: everyone)
     for mask, share in zip(masks, shares):
         monkeypatch.setattr(distributed, "_cpus", lambda mask=mask: mask)
@@ -125,6 +126,45 @@ def _train(rank, batch, steps, evaluating):
         optimizer.step()
         left.append((model.queue.clone().numpy(), model.queue_ptr.item(), logits.detach().numpy(), seen[step].numpy()))
     return left, [p.detach().numpy() for p in model.parameters()]
+
+
+def _fill(rank, symmetric):
+    """Whether `fill` leaves what a step with encoders that stand still does → that, the queue, its images."""
+    torch.manual_seed(rank)
+    model = SynCo(encoder, 8, 24, 1.0, mlp=False, n_hard=4, symmetric=symmetric, mask_same_image=True)
+    distributed.share_weights(model)
+    twin, (im_q, im_k) = copy.deepcopy(model), torch.randn(2, 4, 6)
+    index = torch.arange(4) + 10 * rank
+    model.fill(im_q, im_k, index, step=5)
+    twin(im_q, im_k, 0, step=5, index=index)
+    return torch.equal(model.queue, twin.queue), model.queue, model.queue_index.tolist(), twin.queue_index.tolist()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_filling_puts_in_the_keys_of_all_processes(symmetric):
+    found = processes(2, _fill, symmetric)
+    images = [0, 1, 2, 3, 10, 11, 12, 13] * (1 + symmetric)
+    for same, queue, index, after_a_step in found:
+        assert same and torch.equal(queue, found[0][1])
+        assert index == images + [-1] * (24 - len(images)) == after_a_step
+
+
+def _share(rank):
+    """Weights and statistics in a layout of the process's own → those of before and those that it then has."""
+    torch.manual_seed(rank)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    if rank:
+        network.to(memory_format=torch.channels_last)
+    network(torch.randn(2, 3, 8, 8))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    distributed.share_weights(network)
+    return before, {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+
+
+def test_processes_get_the_weights_of_the_first():
+    (first, mine), (other, its) = processes(2, _share)
+    assert all(torch.equal(first[name], mine[name]) and torch.equal(first[name], its[name]) for name in first)
+    assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
 @functools.cache

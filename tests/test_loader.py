@@ -55,7 +55,7 @@ def test_formats_that_pil_cannot_decode_are_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[80:88] = b"\4\0\0\0ABCD"  # flags: what follows is a compression's name
     path.write_bytes(content)
-    for reader in (decode.read_image, decode.read_uint8, datasets._size):
+    for reader in (decode.read_image, decode.read_uint8, decode.size_of):
         with pytest.raises(UserError, match="x.jpg: cannot be read as an image"):
             read(str(path), reader)
 

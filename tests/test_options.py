@@ -86,9 +86,9 @@ OWN = {
     main_synco: {
         "identity": "optimizer clip_grad aug_plus aug_heavy blur crop_scale augment_on compile sync_bn bn_splits "
         "moco_dim moco_k moco_m moco_t mlp symmetric mask_same_image n_hard n1 n2 n3 n4 n5 n6 n_copied alpha beta "
-        "gamma sigma delta eta warmup_epochs cooldown_epochs",
+        "gamma sigma delta eta warmup_epochs cooldown_epochs fill_queue",
         "schedule": "steps schedule cos lr_min lr_warmup_epochs lr_warmup",
-        "free": "save_freq keep knn_freq knn_k knn_train save_best preset",
+        "free": "save_freq keep knn_freq knn_k knn_train save_best preset init_from",
     },
     main_lincls: {"schedule": "schedule cos lr_min"},
     main_semisup: {
