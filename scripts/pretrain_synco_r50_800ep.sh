@@ -18,5 +18,5 @@ fi
 
 exec torchrun --standalone --nproc-per-node "${NPROC:-8}" "$(dirname "$(realpath "$0")")/../main_synco.py" \
     -a resnet50 --epochs 800 --lr 0.03 --batch-size 256 --mlp --moco-t 0.2 --aug-plus --cos \
-    --n-hard 1024 --n1 256 --n2 256 --n3 256 --n4 64 --n5 64 --n6 64 \
+    --method synco \
     --resume auto --save-dir "$save_dir" "$data" "$@"

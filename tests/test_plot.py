@@ -74,6 +74,20 @@ def test_the_table_has_the_mean_of_each_epoch_whatever_the_batch_size(tool, tmp_
     assert words[2] == ["small", "1", f"{expected[0][1]:.4f}", "20.00", "40.00", "30.00", "25.00"]
 
 
+def test_diagnostics_are_the_mean_of_the_kinds(tool, tmp_path):
+    """Of those that a line has: synthesis may begin later, and of a line's first queue no image is known."""
+    write_run(tmp_path / "run", epochs=2, every=10)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train" and line["epoch"] == 1]
+    trained[-1].update({"leakage/noisy": 0.25, "leakage/mixed": 0.75, "cosine/noisy": 0.9, "own_class/hardest": 0.2})
+    trained[-1].update({"own_class/queue": 0.1, "own_class/noisy": 0.4})
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = read_table(tool(plot, "--csv", tmp_path / "run")[1])
+    last, names = rows[-1], ("leakage", "cosine", "own_class_hardest", "own_class_queue")
+    assert [float(last[name]) for name in names] == pytest.approx([0.5, 0.9, 0.2, 0.1])
+    assert not any(row[name] for row in rows[:-1] for name in names)
+
+
 def test_a_run_that_is_in_the_midst_of_an_epoch(tool, tmp_path):
     expected = write_run(tmp_path / "run", steps=10, length=25)
     rows = read_table(tool(plot, "--csv", tmp_path / "run")[1])
