@@ -66,8 +66,8 @@ PANELS = (
         "share",
         {"own_class_hardest": "the hardest", "own_class_queue": "all, as by chance"},
     ),
-    ("Synthetic negatives nearer than the positive", "share", {"leakage": "mean of the types"}),
-    ("Their gradient beside the real negatives'", "cosine", {"cosine": "mean of the types"}),
+    ("Leakage: nearer than the positive", "share", {"leakage": "mean of the types"}),
+    ("Gradient beside the real negatives'", "cosine", {"cosine": "mean of the types"}),
     ("Probe and fine-tuning: loss", "loss [nats]", {"val_loss": "val", "train_loss": "train"}),
     ("Probe and fine-tuning: accuracy", "top-1 [%]", {"val_top1": "val", "train_top1": "train"}),
 )
