@@ -5,6 +5,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,11 @@ from synco.records import Index
 PLACES = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # of the folders train and val; the others are Kaggle's
 KAGGLES = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12"
+# what tarfile, zlib and SciPy raise on a devkit that is damaged or something else
+DAMAGED = (
+    OSError, EOFError, tarfile.TarError, zlib.error, LookupError, ValueError, TypeError, AttributeError,
+    NotImplementedError,
+)  # fmt: skip
 NAME = re.compile(r"((n\d{8})_\d+|ILSVRC2012_val_\d{8})(?:_(n\d{8}))?")  # Hugging Face's have the class at the end
 
 
@@ -159,5 +165,5 @@ def _devkit(path):
         synsets = scipy.io.loadmat(io.BytesIO(contents[0]), squeeze_me=True)["synsets"]
         wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
         return {f"ILSVRC2012_val_{i:08}": wnids[int(n)] for i, n in enumerate(contents[1].split(), 1)}
-    except (OSError, tarfile.TarError, LookupError, ValueError, TypeError, AttributeError, EOFError) as error:
+    except (*DAMAGED, scipy.io.matlab.MatReadError) as error:
         raise UserError(f"{path}: is not the devkit {DEVKIT} ({' '.join(str(error).split())})") from error

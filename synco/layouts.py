@@ -173,11 +173,12 @@ def open_shards(root: str, split: str, paths: list[str], names: Callable, kind: 
     """
     warn_of_gaps(paths)
     place = os.path.dirname(paths[0])
-    settings = files.read_json(os.path.join(root, place, f"{split}.pack.json"))
+    around = os.path.join(root, place) if place else root
+    settings = files.read_json(os.path.join(around, f"{split}.pack.json"))
     if settings.get("short_side"):
         made = f"short side {settings['short_side']}, JPEG quality {settings['quality']}"
         distributed.say(f"{'images':18} {split}: re-encoded when they were packed ({made})")
-    beside = index.read(os.path.join(root, place, f"{split}.index"), os.path.join(root, place))
+    beside = index.read(os.path.join(around, f"{split}.index"), around)
     if beside:
         found = beside[0]
         known = [os.path.join(place, found.path(i)) for i in range(len(found.sizes))]
