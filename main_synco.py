@@ -157,10 +157,10 @@ def load_data(args, process: distributed.Process, run: Run):
     if on_device and process.device.type == "cpu":
         distributed.warn("--augment-on device is meant for GPUs, and this run is on the CPU, which it takes time from")
     reader = loader.Reader(images.as_uint8() if on_device else images, args.skip_bad_images)
-    pairs = loader.TwoCrops(reader, augment.Crop(view) if on_device else view, run.seed)
+    begin, finish = augment.halves(view, process.device, args.augment_on)
+    pairs = loader.TwoCrops(reader, begin, run.seed)
     batches = loader.train_loader(pairs, batch, seed=run.seed, order=run.order, **load)
-    if on_device:
-        batches = augment.Finished(batches, augment.Finish(view, process.device))
+    batches = augment.Finished(batches, finish) if finish else batches
     if not args.knn_freq:
         return batches, None
     shown = [part.with_transform(augment.center_view(args.img_size, args.stats)) for part in (bank, val)]

@@ -6,7 +6,7 @@
 
 On a CPU the default is a ResNet-18 at 64 pixels and a batch of 32, in float32. The textbook's step is float32 in the
 usual layout, with the loss head of `textbook.py`, whatever the flags, but for --tf32, which is the whole process's. The
-versions take turns; medians are compared.
+versions take turns; medians are compared. One that the device's memory is too small for is told, and left out.
 """
 
 import json
@@ -98,33 +98,36 @@ def main(args):
         "SynCo": make(SynCo, {}, fast, args),
         "SynCo, textbook": make(Textbook, {}, Precision(device), args),
     }
-    times = {name: [] for name in versions}
+    times, too_large = {name: [] for name in versions}, []
     for repetition in range(args.repeat + 3):
-        for name, step in versions.items():
-            seconds = step()
+        for name in [name for name in versions if name not in too_large]:
+            try:
+                seconds = versions[name]()
+            except torch.OutOfMemoryError:
+                too_large.append(name)
+                continue
             if repetition >= 3:  # the first ones warm up
                 times[name].append(seconds)
-    median = {name: statistics.median(found) for name, found in times.items()}
-    moco, base = median["MoCo v2"], median["SynCo, textbook"]
+    median = {name: statistics.median(found) for name, found in times.items() if name not in too_large}
     facts = {"arch": args.arch, "img_size": args.img_size, "batch_size": args.batch_size, "amp": args.amp}
-    facts |= {"channels_last": args.channels_last, "compile": args.compile, "device": str(device)}
+    facts |= {"channels_last": args.channels_last, "tf32": args.tf32, "compile": args.compile, "device": str(device)}
     facts |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    results = {name: {"out_of_memory": f"lower --batch-size {args.batch_size}"} for name in too_large}
+    for name, t in median.items():
+        results[name] = {"ms": 1e3 * t, "images_per_second": args.batch_size / t}
+        for key, base in (("of_moco", "MoCo v2"), ("of_textbook", "SynCo, textbook")):
+            results[name][key] = t / median[base] if base in median else None
     if args.json:
-        results = {
-            name: {
-                "ms": 1e3 * t,
-                "of_moco": t / moco,
-                "of_textbook": t / base,
-                "images_per_second": args.batch_size / t,
-            }
-            for name, t in median.items()
-        }
         print(json.dumps(facts | {"results": results}))
         return
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{'step':18}{'ms':>10}{'of MoCo v2':>14}{'of textbook':>14}{'images/s':>12}")
-    for name, t in median.items():
-        print(f"{name:18}{1e3 * t:10.1f}{t / moco:14.3f}{t / base:14.3f}{args.batch_size / t:12.0f}")
+    for name, found in results.items():
+        if name in too_large:
+            print(f"{name:18}  out of memory: {found['out_of_memory']}")
+            continue
+        ratios = "".join(f"{found[key] or float('nan'):14.3f}" for key in ("of_moco", "of_textbook"))
+        print(f"{name:18}{found['ms']:10.1f}{ratios}{found['images_per_second']:12.0f}")
 
 
 if __name__ == "__main__":

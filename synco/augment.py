@@ -1,7 +1,9 @@
-"""Augmentation in two halves: the loading workers decode, crop and resize; the device does the rest, a batch at once.
+"""Augmentation in two halves: the loading workers' and, for a batch at once, the device's.
 
-The recipe is the PIL pipeline's (`augmentation`), whose steps are taken apart here. A worker makes a view's crop
-in uint8 and draws the parameters of its other steps by the very calls of the PIL pipeline, in its order: a view has the
+The recipe is the PIL pipeline's (`augmentation`), whose steps are taken apart here. Views travel in uint8, a quarter of
+what floats take: with --augment-on cpu workers do all of it in 8 bits, and the device normalises (`Pixels`,
+`Normalized`); with device they only decode, crop and resize (`Crop`, `Finish`). Then a worker draws the
+parameters of the other steps by the very calls of the PIL pipeline, in its order: a view has the
 parameters of the PIL pipeline's view of the same seed, epoch and image. They travel beside the crop as a few numbers,
 and `Finish` applies them to whole batches. The host has them, so it knows which images a step concerns without asking
 the device.
@@ -90,6 +92,29 @@ def center_view(size: int, stats: str = "imagenet") -> transforms.Compose:
     return transforms.Compose([transforms.Resize(resized), transforms.CenterCrop(size), to_tensor(stats)])
 
 
+def halves(augmentation: transforms.Compose, device: torch.device, on: str) -> tuple[Callable, "Finish | None"]:
+    """An augmentation as what workers do, image → a view, and what the device does, see `Finished`; None: nothing.
+
+    on: "cpu", whose views are the augmentation's own bit for bit, on every device, or "device".
+    """
+    if on == "device":
+        return Crop(augmentation), Finish(augmentation, device)
+    *steps, last = augmentation.transforms
+    if not isinstance(last, transforms.Compose):  # RandomErasing comes after the normalisation
+        return augmentation, None
+    return Pixels(steps), Normalized(last.transforms[-1], device)
+
+
+class Pixels:
+    """The workers' half of an augmentation by PIL: image → (view uint8 (3, S, S),). steps: those before `to_tensor`."""
+
+    def __init__(self, steps: Sequence[Callable]):
+        self.steps = transforms.Compose(steps)
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor]:
+        return (decode.to_uint8(self.steps(image)),)
+
+
 class Crop:
     """The workers' half of an augmentation: image → (crop uint8 (3, S, S), parameters (P,) of the other steps).
 
@@ -117,25 +142,42 @@ class Finish:
         self.steps, self.device = _apart(augmentation)[1], device
 
     def __call__(self, crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-        x = crops.to(self.device, non_blocking=True).float().div_(255)
+        x = crops.to(self.device, non_blocking=True).float()
+        # on a GPU a division by a number is a product with its reciprocal, which rounds otherwise than a CPU's
+        x.div_(torch.full((), 255.0, device=self.device))
         for step, part in zip(self.steps, parameters.split([len(step.neutral) for step in self.steps], dim=1)):
             x = step(x, part)
         return x
 
 
+class Normalized(Finish):
+    """The device's half of an augmentation by PIL: views uint8 (N, 3, S, S) → normalised float32, as `to_tensor`."""
+
+    def __init__(self, normalize: transforms.Normalize, device: torch.device):
+        self.steps, self.device = [Normalize(normalize)], device
+
+    def __call__(self, views: torch.Tensor) -> torch.Tensor:
+        return super().__call__(views, torch.empty(len(views), 0))
+
+
 class Finished:
-    """A loader of pairs of `Crop`s as one of finished views: items im_q, im_k (N, 3, S, S) on the device, index."""
+    """A loader of pairs of views that are half done as one of pairs that are finished, both in one call.
+
+    Items: im_q, im_k (N, 3, S, S) on the device, index.
+    """
 
     def __init__(self, batches: loader.Loader, finish: Finish):
         self.batches, self.finish = batches, finish
-        self.batch_sampler, self.dataset = batches.batch_sampler, batches.dataset
+        self.batch_sampler, self.dataset, self.ahead = batches.batch_sampler, batches.dataset, batches.ahead
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for q, k, index in self.batches:
-            yield self.finish(*q), self.finish(*k), index
+            (crops, *parameters) = zip(q, k)
+            there = [part.to(self.finish.device, non_blocking=True) for part in crops]  # from pinned memory
+            yield *self.finish(torch.cat(there), *map(torch.cat, parameters)).chunk(2), index
 
 
 def _apart(augmentation):

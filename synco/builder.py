@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from synco import distributed
 from synco.negatives import TYPES, hardest, synthesize
-from synco.networks import head_name, replace, split_batch_norm
+from synco.networks import casts_images, head_name, replace, split_batch_norm
 
 _SYNTHESIS = inspect.signature(synthesize).parameters  # the one place of its settings' defaults
 
@@ -128,6 +128,7 @@ class SynCo(nn.Module):
             replace(self.encoder_q, self.head, head)
         if bn_splits > 1:
             split_batch_norm(self.encoder_q, bn_splits)
+        self.casts_images = casts_images(self.encoder_q)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
         self.register_buffer("queue", F.normalize(torch.randn(K, dim), dim=1))
@@ -267,6 +268,9 @@ class SynCo(nn.Module):
             return F.normalize(self.encoder_k(images).to(self.queue), dim=1)
         generator = torch.Generator().manual_seed(distributed.seed_of("shuffle", self.seed, step, *[way] * (way > 0)))
         permutation = torch.randperm(W * N, generator=generator)  # the same in all processes
+        kind = images.device.type
+        if self.casts_images and torch.is_autocast_enabled(kind) and images.dtype == torch.float32:
+            images = images.to(torch.get_autocast_dtype(kind))  # as the encoder's first layer does: half the traffic
         shuffled = self.encoder_k(distributed.shuffle(images, permutation))
         shuffled = distributed.gather(F.normalize(shuffled.to(self.queue), dim=1))
         keys = torch.empty_like(shuffled)

@@ -14,12 +14,13 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import BatchSampler, Dataset, Sampler, Subset, get_worker_info
 
 from synco import distributed
 from synco.distributed import Process
 from synco.errors import UserError
-from synco.workers import Loader
+from synco.workers import Loader, bytes_of
 
 
 @contextlib.contextmanager
@@ -117,7 +118,7 @@ class Readable(Dataset):
 
     def __init__(self, dataset: Dataset, reader: Reader):
         self.reader = copy.copy(reader)  # the same shared memory
-        self.reader.dataset = dataset
+        self.reader.dataset, self.transform = dataset, dataset.transform
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -137,6 +138,8 @@ class Augmented(Dataset):
         self.reader = dataset if isinstance(dataset, Reader) else Reader(dataset)
         self.dataset, self.transform, self.seed = self.reader.dataset, transform, seed
 
+    views = 1  # of an image
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -149,6 +152,8 @@ class Augmented(Dataset):
 
 class TwoCrops(Augmented):
     """Two augmented views of each image. Items: im_q (3, H, W), im_k (3, H, W), index of the image that was read."""
+
+    views = 2
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
         epoch, index = key
@@ -231,12 +236,13 @@ class WholeBatches(Batches):
         yield list(keys)
 
 
-def workers_each(total: int, local_size: int) -> int:
-    """Loading workers of one process of `local_size`, from those of the node, capped at its CPUs.
+def workers_each(total: int | None, local_size: int) -> int:
+    """Loading workers of one process of `local_size`, from those of the node, capped at its CPUs; None: its CPUs.
 
     Those are its `distributed.cpu_share`, so every process must call this.
     """
-    return math.ceil(min(Fraction(total, local_size), distributed.cpu_share()))
+    share = distributed.cpu_share()
+    return math.ceil(share if total is None else min(Fraction(total, local_size), share))
 
 
 def batch_each(total: int, local_size: int) -> int:
@@ -267,7 +273,14 @@ def train_loader(
     sampler = EpochSampler(len(dataset), process, seed=seed, keep_last=keep_last, order=order)
     batches = WholeBatches(sampler, batch_size) if keep_last else Batches(sampler, batch_size, drop_last=True)
     more = {"batch_sampler": batches, "persistent_workers": workers > 0}
-    return Loader(dataset, process=process, workers=workers, timeout=timeout, **more)
+    size = batch_size * dataset.views * _bytes_of_view(dataset.transform)
+    return Loader(dataset, process=process, workers=workers, batch_bytes=size, timeout=timeout, **more)
+
+
+def _bytes_of_view(transform):
+    """What a view of any image takes: of a blank one, as all have the same size."""
+    with torch.random.fork_rng(devices=[]):
+        return bytes_of(transform(Image.new("RGB", (16, 16))))
 
 
 def paths_of(batches: Loader, epoch: int, i: int) -> list[list[str]]:
@@ -280,4 +293,6 @@ def paths_of(batches: Loader, epoch: int, i: int) -> list[list[str]]:
 def eval_loader(dataset: Dataset, batch_size: int, *, process: Process, workers: int, timeout: int = 0) -> Loader:
     """This process's share of a data set in order: every image in exactly one process, the last batch kept."""
     share = Subset(dataset, range(process.rank, len(dataset), process.world_size))
-    return Loader(share, batch_size=batch_size, process=process, workers=workers, timeout=timeout)
+    transform = getattr(dataset, "transform", None)
+    size = batch_size * _bytes_of_view(transform) if transform else 0
+    return Loader(share, batch_size=batch_size, process=process, workers=workers, batch_bytes=size, timeout=timeout)

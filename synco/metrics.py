@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torchvision
@@ -34,15 +36,14 @@ class Averages:
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.steps += 1
 
-    def read(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float | list[float]]:
-        """{name: mean since the last read}, with one read from the device; then cleared.
+    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[str], torch.Tensor]:
+        """(names, means since the last time (names, ...), on the device); then cleared.
 
         reduce: (names, ...) tensor of this process → that of all, such as `distributed.mean`.
         """
-        means = reduce(torch.stack(list(self.sums.values())).float() / self.steps).tolist()
-        found = dict(zip(self.sums, means))
+        names, means = list(self.sums), reduce(torch.stack(list(self.sums.values())).float() / self.steps)
         self.sums, self.steps = {}, 0
-        return found
+        return names, means
 
     def state(self, from_all: Callable[[torch.Tensor], list[torch.Tensor]]) -> dict:
         """What a run that goes on from here needs, as plain values and one tensor (processes, names, ...).
@@ -83,17 +84,18 @@ class Notes:
         """function: what the host makes of these tables, tensors of whole numbers on the device → {name: number}."""
         self.counts.append((function, tables))
 
-    def read(self) -> dict[str, float]:
-        """{name: number} of all."""
-        tensors = [*self.numbers.values(), *(table for _, tables in self.counts for table in tables)]
+    def read(self, **others: torch.Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """({name: number} of all, {name: number or list} of others, tensors of any shape)."""
+        tensors = [*others.values(), *self.numbers.values(), *(table for _, tables in self.counts for table in tables)]
         if not tensors:
-            return {}
-        host = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu()  # which holds them exactly
-        host = iter(host.split([tensor.numel() for tensor in tensors]))
-        found = {name: next(host).item() for name in self.numbers}
+            return {}, {}
+        host = torch.cat([tensor.flatten().double() for tensor in tensors]).cpu().numpy()  # which holds them exactly
+        parts = iter(np.split(host, np.cumsum([tensor.numel() for tensor in tensors[:-1]])))
+        read = {name: next(parts).reshape(tensor.shape).tolist() for name, tensor in others.items()}
+        found = {name: next(parts).item() for name in self.numbers}
         for function, tables in self.counts:
-            found |= function(*(next(host).view(table.shape).long() for table in tables))
-        return found
+            found |= function(*(torch.from_numpy(next(parts)).view(table.shape).long() for table in tables))
+        return found, read
 
 
 class Finite:

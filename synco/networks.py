@@ -160,6 +160,15 @@ def try_images(network: nn.Module, arch: str, img_size: int) -> None:
         network(torch.zeros(2, 3, img_size, img_size, device=device))
 
 
+def casts_images(network: nn.Module) -> bool:
+    """Whether autocast begins with the cast of the network's images: its first layer is a convolution or a product.
+
+    The first that the network has: torchvision's and timm's, for which a test looks, begin with it.
+    """
+    layers = (m for m in network.modules() if not list(m.children()))
+    return isinstance(next(layers), nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+
+
 def encode(network: nn.Module, head: str, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What enters the head, the backbone's features, and the network's outputs.
 

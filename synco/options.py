@@ -75,9 +75,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse's, but a last word that is no number is none of a flag's several: `--lr 1 3 DATA`."""
+        """As argparse's, but a last word that is no number is none of a flag's several numbers: `--lr 1 3 DATA`."""
         words = list(sys.argv[1:] if args is None else args)
-        several = {name for action in self._actions if action.nargs in ("+", "*") for name in action.option_strings}
+        numeric = [action for action in self._actions if action.nargs in ("+", "*") and action.type]
+        several = {name for action in numeric for name in action.option_strings}
         flags = [word for word in words if word.startswith("-") and not _is_number(word)]
         if flags and flags[-1] in several - {*words[-2:]} and not _is_number(words[-1]):
             words.insert(-1, "--")
@@ -228,7 +229,7 @@ def add_data(parser: Parser, *, positional: bool = True) -> None:
         "--img-size", type=number(int, 8, LARGEST), help="side of the square crops (unset: by --dataset, 224 or less)"
     )
     identity("--stats", choices=STATS, help="whose mean and deviation normalise the images (unset: those of --dataset)")
-    free("-j", "--workers", default=32, type=number(int, 0), help="loading workers per node, capped at its CPUs")
+    free("-j", "--workers", type=number(int, 0), help="loading workers per node, at most its CPUs (unset: as many)")
     waiting = "seconds to wait for a batch of images; 0: for ever"
     free("--worker-timeout", default=600, type=number(int, 0, LONGEST), help=waiting)
 

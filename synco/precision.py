@@ -78,9 +78,12 @@ class Precision:
         self.scaler.step(optimizer)
         self.scaler.update()
 
-    def check(self) -> None:
-        """Raise FloatingPointError if the scaler has left step after step out. Reads from the device."""
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+    def scale(self) -> torch.Tensor:
+        """What the scaler multiplies a loss by, a 0-dim tensor on the device; 1 where there is none."""
+        return self.scaler.scale(torch.ones((), device=self.device))
+
+    def check(self, scale: float) -> None:
+        """Raise FloatingPointError if the scaler has left step after step out, which its `scale` tells."""
         if scale < 1e-6:
             raise FloatingPointError(
                 f"--amp fp16: the gradient is not finite, even of a loss that is scaled by {scale:g}"

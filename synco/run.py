@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from synco import checkpoint, distributed, files, loader, measures, metrics, options, settings, signals
@@ -155,7 +156,7 @@ class Run:
         facts = facts | {"device": metrics.device_name(process.device), "world_size": process.world_size}
         batch = self.batches.batch_sampler.batch_size
         facts |= {"batch_per_process": batch, "global_batch": batch * process.world_size}
-        facts |= {"steps_per_epoch": self.steps_per_epoch, "seed": self.seed}
+        facts |= {"prefetched": self.batches.ahead, "steps_per_epoch": self.steps_per_epoch, "seed": self.seed}
         self.origin = facts | metrics.origin()
         folder.prepare(path)
         if path and not folder.files.numbered and not folder.checkpoints():
@@ -209,11 +210,13 @@ class Run:
         self.epoch, self.ended_at = epoch + 1, time.perf_counter()
 
     def _report(self, step):
-        """At a print step: whether all numbers were finite, a progress line, and a line of the log."""
-        numbers = self.averages.read(distributed.mean)
-        if torch.tensor(numbers.pop("bad")).any():
+        """At a print step, with one read: whether all numbers were finite, a progress line, and a line of the log."""
+        names, means = self.averages.take(distributed.mean)
+        notes, read = step.notes.read(means=means, scale=self.state["scaler"].scale())
+        numbers = dict(zip(names, read["means"]))
+        if np.any(numbers.pop("bad")):
             self._check_finite(step)
-        self.state["scaler"].check()
+        self.state["scaler"].check(read["scale"])
         numbers |= self._rates() | self.pace.read(self.process.world_size)
         if self.process.rank:
             return
@@ -221,9 +224,8 @@ class Run:
         place = f"[{step.i + 1:{len(str(self.steps_per_epoch))}}/{self.steps_per_epoch}]"
         left = self.pace.left(self.total - self.done, self.seconds_between * (self.last_epoch - step.epoch))
         print(f"Epoch {step.epoch} {place}  {shown}{metrics.progress(numbers)}  ETA {left}", flush=True)
-        numbers |= step.notes.read()
-        self.collapse.watch(step.epoch, numbers)
-        self.log("train", epoch=step.epoch, **numbers)
+        self.collapse.watch(step.epoch, notes)
+        self.log("train", epoch=step.epoch, **numbers, **notes)
 
     def _rates(self):
         return {name: group["lr"] for name, group in zip(self.rate_names, self.state["optimizer"].param_groups)}

@@ -11,12 +11,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from synco import distributed, signals
+from synco import cache, signals
 from synco.distributed import Process
 from synco.errors import Failure, UserError
 
@@ -31,20 +31,36 @@ MORE_ROOM = "enlarge it (Docker: --shm-size 8g), or take fewer workers (-j) or s
 class Loader(DataLoader):
     """A DataLoader whose workers no warning ends (see `signals.held_back`), and whose end is one line.
 
-    timeout: seconds to wait for a batch, 0: for ever. Raises `Failure` where a worker dies or is stuck, which names the
-    files that were being read, and what a worker raises otherwise, a UserError as its one line.
+    timeout: seconds to wait for a batch, 0: for ever; batch_bytes: what a batch takes, 0: unknown. Raises `Failure`
+    where a worker dies or is stuck, which names the files that were being read, and what a worker raises otherwise, a
+    UserError as its one line.
+    ahead: in words, what is prepared ahead of the training, and how much memory of the node that takes.
     """
 
-    def __init__(self, dataset: Dataset, *, process: Process, workers: int, timeout: int = 0, **settings):
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        process: Process,
+        workers: int,
+        timeout: int = 0,
+        batch_bytes: int = 0,
+        **settings,
+    ):
         if workers:  # each would have a temporary folder of its own, which stays if it is killed; `exits.leave`
             folder = multiprocessing.util.get_temp_dir()
             if len(os.fsencode(folder)) > LONGEST:  # a worker would lose its batches, and the trainer wait for them
                 raise UserError(
                     f"{folder}: too long a path for the loading workers' sockets; set TMPDIR to a shorter one"
                 )
+        all_workers = workers * process.local_size
+        each = _batches_ahead(batch_bytes, all_workers)
+        needed = batch_bytes * each * all_workers
+        self.ahead = f"{each * all_workers} batches, {needed / 1e6:.1f} MB (workers: {all_workers})"
         super().__init__(
             dataset,
             num_workers=workers,
+            prefetch_factor=each if workers else None,
             pin_memory=process.device.type == "cuda",
             worker_init_fn=functools.partial(signals.worker_of, os.getpid()),
             # a spawned process and Python 3.14 have other defaults; so a worker starts at once, and its parent is this
@@ -53,7 +69,7 @@ class Loader(DataLoader):
         )
         # torch's own timeout does not cover the wait for a worker that has announced a batch and then hands it over
         self.patience, self.waiting_since, self.why = timeout, None, None
-        self.workers, self.copies, self.checked = [], process.local_size, False
+        self.workers = []
 
     def __iter__(self) -> Iterator:
         return self._from_workers() if self.num_workers else super().__iter__()
@@ -65,9 +81,6 @@ class Loader(DataLoader):
         try:
             batches = self._wait(self._start)
             while (batch := self._wait(next, batches, None)) is not None:
-                if not self.checked:
-                    self.checked = True
-                    self._check_room(batch)
                 yield batch
         finally:
             done.set()
@@ -109,17 +122,6 @@ class Loader(DataLoader):
         finally:
             self.waiting_since = None
 
-    def _check_room(self, batch):
-        """Warn where the batches that the workers of a node prepare do not fit into what it has for them."""
-        needed = _bytes(batch) * self.prefetch_factor * self.num_workers * self.copies
-        with contextlib.suppress(OSError):  # no such place, as on a Mac
-            held = shutil.disk_usage(ROOM).total
-            if needed > held:
-                distributed.warn(
-                    f"{ROOM} holds {held / 1e6:.1f} MB, and the batches that {self.num_workers * self.copies} workers "
-                    f"prepare take up to {needed / 1e6:.1f} MB: {MORE_ROOM}"
-                )
-
     def _end_stuck_workers(self, done):
         """Kill the workers, which ends every wait for them, once a batch has been waited for too long."""
         while not done.wait(0.5):
@@ -157,5 +159,24 @@ class Loader(DataLoader):
         return Failure(f"{why}{at}; the run can go on from its last checkpoint")
 
 
-def _bytes(batch):
-    return batch.nbytes if isinstance(batch, torch.Tensor) else sum(map(_bytes, batch))
+def _batches_ahead(batch_bytes, workers):
+    """How many batches each of a node's workers may prepare: two, or one where there is no room for two.
+
+    Raises UserError where there is no room for one.
+    """
+    rooms = {"the memory": cache.free_memory() // 2}
+    with contextlib.suppress(OSError):  # no such place, as on a Mac
+        rooms[ROOM] = shutil.disk_usage(ROOM).free
+    place = min(rooms, key=rooms.get)
+    for each in (2, 1):
+        if batch_bytes * each * workers <= rooms[place]:
+            return each
+    raise UserError(
+        f"{place}: has room for {rooms[place] / 1e6:.3f} MB of batches, and {workers} loading workers prepare "
+        f"{batch_bytes * workers / 1e6:.3f} MB: {MORE_ROOM.replace('(-j)', f'(-j {rooms[place] // batch_bytes})')}"
+    )
+
+
+def bytes_of(batch: torch.Tensor | Sequence) -> int:
+    """What the tensors in nested lists take."""
+    return batch.nbytes if hasattr(batch, "nbytes") else sum(map(bytes_of, batch))

@@ -154,6 +154,38 @@ def test_parameters_are_spread_as_in_the_recipe():
     assert torch.equal(jitter[~jittered], torch.tensor(augment.Jitter.neutral).expand(int((~jittered).sum()), -1))
 
 
+@pytest.mark.parametrize("kind, size", [("v2", 64), ("v2", 32), ("v1", 40), ("heavy", 32)])
+def test_views_by_pil_are_the_same_to_the_bit_though_they_travel_in_8(tmp_path, kind, size):
+    """Both of all images, from workers and without; erasing comes after the normalisation, in floats."""
+    make_images(tmp_path / "train", classes=3, images=5)
+    images, whole = datasets.image_folder(str(tmp_path), "train"), augment.augmentation(size, kind, stats="cifar10")
+    begin, finish = augment.halves(whole, torch.device("cpu"), "cpu")
+    expected = loader.TwoCrops(images, whole, seed=9)
+    pairs = loader.TwoCrops(images, begin, seed=9)
+    for workers in (0, 1):
+        batches = loader.train_loader(pairs, 7, process=Process(), workers=workers, seed=9)
+        (view, *none), _, _ = (batch := next(iter(batches)))
+        if kind == "heavy":
+            assert finish is None and view.dtype == torch.float32
+        else:
+            assert view.dtype == torch.uint8 and not none
+            batch = next(iter(augment.Finished(batches, finish)))
+        im_q, im_k, index = batch
+        for q, k, i in zip(im_q, im_k, index.tolist()):
+            assert torch.equal(q, expected[0, i][0]) and torch.equal(k, expected[0, i][1])
+
+
+def test_both_views_of_a_batch_are_finished_in_one_call(crops, monkeypatch):
+    finish, calls = augment.Finish(augment.augmentation(24, blur=True), torch.device("cpu")), []
+    call = augment.Finish.__call__
+    batches = loader.train_loader(crops, 4, process=Process(), workers=0, seed=9)
+    expected = [(finish(*q), finish(*k), index) for q, k, index in batches]
+    monkeypatch.setattr(augment.Finish, "__call__", lambda *given: calls.append(1) or call(*given))
+    found = list(augment.Finished(batches, finish))
+    assert len(calls) == len(found) == len(expected) == 3
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
 @pytest.fixture
 def crops(tmp_path):
     make_images(tmp_path / "train", classes=3, images=5)

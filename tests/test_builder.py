@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from synco import metrics
+from synco import distributed, metrics
 from synco.builder import SynCo, update_ema
 from synco.negatives import hardest, synthesize
 from synco.networks import network_of
@@ -461,3 +461,20 @@ def test_with_splits_the_key_batch_is_permuted_in_one_process_too():
         twin = copy.deepcopy(model.encoder_k)
         keys[order] = F.normalize(twin(im[order]), dim=1)
     torch.testing.assert_close(model.queue[:8], keys)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_key_images_travel_as_the_encoder_casts_them(monkeypatch, amp):
+    """In the autocast's type, which changes no bit, as convolutions begin with that cast."""
+    keys, kinds, shuffle = [], [], distributed.shuffle
+    monkeypatch.setattr(distributed, "shuffle", lambda x, order: kinds.append(x.dtype) or shuffle(x, order))
+    im_q, im_k = torch.randn(2, 8, 3, 32, 32)
+    for casts in (True, False):
+        torch.manual_seed(0)
+        model = SynCo(torchvision.models.resnet18, 16, 32, bn_splits=2, n_hard=4)
+        model.casts_images &= casts
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            model(im_q, im_k, step=3)
+        keys.append(model.queue)
+    assert torch.equal(*keys)
+    assert kinds == [torch.bfloat16 if amp else torch.float32, torch.float32]

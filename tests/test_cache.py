@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, command, make_images, processes
+from conftest import SMALL, make_images, processes, program_of
 from PIL import Image
 
 from synco import augment, cache, checkpoint, datasets, distributed, loader
@@ -155,11 +155,10 @@ def test_data_sets_that_are_in_memory_need_no_cache(capsys):
 
 def test_a_run_of_two_processes_is_the_same_with_it(data, tmp_path):
     flags = [*SMALL, "-j", 2, "--epochs", 1, "--augment-on", "device", "--knn-freq", 1]
-    flags += "--multiprocessing-distributed --nproc-per-node 2".split()
     runs = []
     for more in ([], ["--cache-images"]):
-        run = command("main_synco.py", *flags, *more, "--save-dir", tmp_path / f"r{len(more)}", data)
-        assert run.returncode == 0, run.stderr
+        statuses, out, err = program_of(2, "main_synco", *flags, *more, "--save-dir", tmp_path / f"r{len(more)}", data)
+        assert statuses == [0, 0], err
         runs.append(checkpoint.load(tmp_path / f"r{len(more)}" / "checkpoint_0000.pth.tar")["state_dict"])
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-    assert "cached images      31, 0.00 GB, one copy for the 2 processes of this node, of " in run.stdout
+    assert "cached images      31, 0.00 GB, one copy for the 2 processes of this node, of " in out

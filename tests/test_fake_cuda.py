@@ -4,6 +4,8 @@ torch's FakeTensor refuses operands on several devices; `SameKind` sees the rest
 come out contiguous, whatever went in. The engine of backward asks for a GPU: the head's backward is called by itself.
 """
 
+import types
+
 import pytest
 import torch
 import torch.nn as nn
@@ -78,6 +80,7 @@ def synco(device, layout, **settings):
         ("off", True, {"bn_splits": 2}),
         ("bf16", False, {"symmetric": True, "mask_same_image": True}),
         ("bf16", True, {}),
+        ("fp16", True, {"bn_splits": 2}),
         ("bf16", True, {"bn_splits": 2, "symmetric": True, "mask_same_image": True}),
     ],
 )
@@ -116,6 +119,16 @@ def test_augmentation_has_one_device(gpu, monkeypatch, kind):
     parameters = sum(len(step.neutral) for step in finish.steps)
     views = finish(torch.empty(N, 3, 32, 32, dtype=torch.uint8), torch.empty(N, parameters))
     assert views.shape == (N, 3, 32, 32) and (views.device, views.dtype) == (gpu, torch.float32)
+
+
+def test_views_by_pil_are_finished_on_one_device(gpu):
+    crops = torch.empty(N, 3, 32, 32, dtype=torch.uint8)
+    batches = types.SimpleNamespace(batch_sampler=None, dataset=None, ahead="")
+    _, finish = augment.halves(augment.augmentation(32), gpu, "cpu")
+    finished = augment.Finished(batches, finish)
+    finished.batches = [([crops], [crops], torch.empty(N, dtype=torch.long))]
+    for views in next(iter(finished))[:2]:
+        assert views.shape == (N, 3, 32, 32) and (views.device, views.dtype) == (gpu, torch.float32)
 
 
 def test_a_mix_up_is_seen(gpu):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT
 
@@ -126,6 +127,10 @@ def test_ranks_are_told_in_words():
         (SystemExit("why"), 1, "why"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, None),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 "
+         "GiB of which 1.75 GiB is free. Including non-PyTorch\nmemory, this"), 1, "CUDA out of memory. Tried to "
+         "allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.75 GiB is free: lower --batch-size or "
+         "--img-size; --amp bf16 takes about half"),
         (RuntimeError("DataLoader worker 3 died.\nmore"), 1, "DataLoader worker 3 died. The run can go on from its "
          "last checkpoint."),
     ],

@@ -8,7 +8,7 @@ import urllib.error
 import pytest
 import torch
 import torchvision
-from conftest import ARCH, SMALL, command
+from conftest import ARCH, SMALL, program_of
 
 from synco import builder, checkpoint, export, initial
 from synco.builder import SynCo
@@ -287,11 +287,11 @@ def test_the_queue_is_the_keys_of_the_images(capsys):
 
 def test_two_processes_begin_alike(weights, data, tmp_path):
     """Whoever goes on from their first checkpoint has one queue; and they are the same started again."""
-    flags = [*SMALL, "--epochs", 1, "--init-from", weights[0], "--mask-same-image", "--multiprocessing-distributed"]
+    flags = [*SMALL, "--epochs", 1, "--init-from", weights[0], "--mask-same-image"]
     for name in "ab":
-        run = command("main_synco.py", *flags, "--nproc-per-node", 2, "--save-dir", tmp_path / name, data)
-        assert run.returncode == 0, run.stderr
-        assert run.stdout.count("initial weights") == run.stdout.count("queue   ") == 1
+        statuses, out, err = program_of(2, "main_synco", *flags, "--save-dir", tmp_path / name, data)
+        assert statuses == [0, 0], err
+        assert out.count("initial weights") == out.count("queue   ") == 1
     a, b = (checkpoint.load(str(tmp_path / name / "checkpoint_0000.pth.tar")) for name in "ab")
     assert same(a["state_dict"], b["state_dict"]) and torch.equal(a["queue_index"], b["queue_index"])
     assert (a["queue_index"] >= 0).all()

@@ -51,6 +51,8 @@ def run(process, args):
     if args.fail and args.on in (-1, process.rank):
         if args.fail == "kill":
             os.kill(os.getpid(), 9)
+        if args.fail == "memory":
+            torch.empty(1 << 50, dtype=torch.uint8)
         kinds = {"user": UserError("what is wrong"), "bug": KeyError("a bug"), "nan": FloatingPointError("nan")}
         raise kinds[args.fail]
     if args.fail:
@@ -198,6 +200,15 @@ def test_processes_that_do_not_wait_for_each_other_wait_for_one_that_comes_late_
     outs.append(ranks[1].communicate(timeout=60))
     assert [one.returncode for one in ranks] == [0, 0], outs
     assert [out.count("word 0") for out, _ in outs] == [1, 1]
+
+
+def test_memory_that_is_too_small_for_one_process_ends_all_with_a_line_that_says_what_to_lower(launch):
+    ranks = by_hand(launch, "--fake", "--fail", "memory", "--on", 1)
+    began = time.monotonic()
+    errors = [one.communicate(timeout=60)[1] for one in ranks]
+    assert time.monotonic() - began < 30 and [one.returncode for one in ranks] == [1, 1]
+    assert errors[0] == "" and errors[1].startswith("program.py: error: can't allocate memory: "), errors
+    assert errors[1].count("\n") == 1 and "lower --batch-size or --img-size" in errors[1]
 
 
 @pytest.mark.parametrize("on", [0, 1])

@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DistributedSampler
 from torchvision import transforms
 
-from synco import augment, datasets, decode, distributed, loader, subsets
+from synco import augment, cache, datasets, decode, distributed, loader, subsets
 from synco.distributed import Process, seed_of
 from synco.errors import Failure, UserError
 
@@ -265,6 +265,7 @@ def test_workers_are_capped_and_shared(monkeypatch):
     for n, share in ((1, 6), (2, 3), (4, 2)):  # of 6 CPUs that all may run on
         monkeypatch.setattr(distributed, "cpu_share", lambda n=n: Fraction(6, n))
         assert loader.workers_each(32, n) == share
+        assert loader.workers_each(None, n) == share
     assert loader.workers_each(0, 4) == 0 and loader.workers_each(2, 1) == 2 and loader.workers_each(3, 2) == 2
 
 
@@ -444,9 +445,35 @@ def test_shared_memory_that_is_full_is_said_with_a_cure():
         list(loader.eval_loader(Numbers(raises(RuntimeError("a bug"))), 1, process=Process(), workers=1))
 
 
-def test_shared_memory_that_is_too_small_is_warned_of(monkeypatch, capsys):
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=31_999))
-    for workers in (0, 1, 2):  # two batches of each worker, of 8000 bytes each
-        list(loader.eval_loader(Numbers(), 1, process=Process(), workers=workers))
-        assert ("/dev/shm holds 0.0 MB" in capsys.readouterr().err) == (workers == 2)
+@pytest.mark.parametrize("free, ahead", [(400_000, 2), (399_999, 1), (200_000, 1), (199_999, None), (90_000, None)])
+@pytest.mark.parametrize("short", ["/dev/shm", "the memory"])
+def test_batches_ahead_are_as_many_as_there_is_room_for(pairs, monkeypatch, free, ahead, short):
+    """Two workers in two processes, batches of 25,000 bytes: said, bounded, or refused before the first step."""
+    pairs.transform = lambda image: torch.zeros(3125, dtype=torch.uint8)
+    usage = shutil.disk_usage("/")._replace(free=free if short == "/dev/shm" else 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(cache, "free_memory", lambda: 2 * free if short == "the memory" else 10**9)
+    load = {"process": Process(0, 2, 0, 2), "seed": 9}
+    if ahead is None:
+        room = f"{short}: has room for {free / 1e6:.3f} MB of batches, and 8 loading workers prepare 0.200 MB"
+        with pytest.raises(UserError) as error:
+            loader.train_loader(pairs, 4, workers=4, **load)
+        assert str(error.value).startswith(f"{room}: enlarge it") and f"(-j {free // 25_000})" in str(error.value)
+    else:
+        batches = loader.train_loader(pairs, 4, workers=4, **load)
+        assert batches.prefetch_factor == ahead
+        assert batches.ahead == f"{8 * ahead} batches, {0.2 * ahead:.1f} MB (workers: 8)"
+    assert loader.train_loader(pairs, 4, workers=0, **load).ahead == "0 batches, 0.0 MB (workers: 0)"
+
+
+def test_what_a_batch_takes_is_known_beforehand(pairs):
+    """Two views of 24 pixels in floats, and in 8 bits; no draw is taken from what follows."""
+    begin, _ = augment.halves(pairs.transform, torch.device("cpu"), "cpu")
+    for transform, size in ((pairs.transform, 4), (begin, 1)):
+        pairs.transform = transform
+        before = torch.get_rng_state()
+        batches = loader.train_loader(pairs, 4, process=Process(), workers=1, seed=9)
+        assert torch.equal(torch.get_rng_state(), before)
+        im_q, im_k, _ = next(iter(batches))
+        taken = loader.bytes_of([im_q, im_k])
+        assert taken == 4 * 2 * 3 * 24 * 24 * size and f"2 batches, {2 * taken / 1e6:.1f} MB" in batches.ahead

@@ -14,9 +14,10 @@ def test_averages_are_read_once_and_cleared():
     averages = metrics.Averages()
     for value in (1.0, 2.0, 6.0):
         averages.add(loss=torch.tensor(value, requires_grad=True), acc=torch.tensor(10 * value))
-    assert averages.read(lambda x: x) == {"loss": 3.0, "acc": 30.0}
+    names, means = averages.take(lambda x: x)
+    assert names == ["loss", "acc"] and means.tolist() == [3.0, 30.0]
     averages.add(loss=torch.tensor(5.0))
-    assert averages.read(lambda x: x * 2) == {"loss": 10.0}
+    assert averages.take(lambda x: x * 2)[1].tolist() == [10.0]
 
 
 def random_logits():
@@ -42,7 +43,7 @@ def test_contrastive_accuracy():
 
 def test_notes_are_read_as_they_are():
     notes = metrics.Notes()
-    assert notes.read() == {}
+    assert notes.read() == ({}, {})
     big = 2**53 - 1
     notes.add(a=torch.tensor(0.1), b=torch.tensor(3))
     notes.count(
@@ -51,7 +52,9 @@ def test_notes_are_read_as_they_are():
         torch.tensor([0, big]),
     )
     notes.add(c=torch.tensor(-torch.inf))
-    assert notes.read() == {"a": torch.tensor(0.1).item(), "b": 3, "c": -np.inf, "sum": 15, "big": big}
+    found, others = notes.read(means=torch.tensor([[0.1], [2.0]]), scale=torch.tensor(4.0))
+    assert found == {"a": torch.tensor(0.1).item(), "b": 3, "c": -np.inf, "sum": 15, "big": big}
+    assert others == {"means": [[torch.tensor(0.1).item()], [2.0]], "scale": 4.0}
 
 
 def test_log_writes_the_same_numbers_twice(tmp_path):

@@ -6,7 +6,15 @@ import torch.nn as nn
 import torchvision
 
 from synco.builder import SynCo
-from synco.networks import SplitBatchNorm2d, features, head_name, network_of, split_batch_norm, sync_batch_norm
+from synco.networks import (
+    SplitBatchNorm2d,
+    casts_images,
+    features,
+    head_name,
+    network_of,
+    split_batch_norm,
+    sync_batch_norm,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,30 @@ def test_the_head_is_found_by_what_it_is(arch, head, size):
     assert logits.shape == (2, 1 + 16 + 6)
     width = model.encoder_q.get_submodule(head)[0].in_features
     assert features(model.encoder_q, head, images).shape == (2, width)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    "resnet18 densenet121 mobilenet_v3_small efficientnet_b0 convnext_tiny regnet_y_400mf shufflenet_v2_x0_5 "
+    "mnasnet0_5 googlenet swin_t timm:resnet18 timm:efficientnet_b0 timm:vit_tiny_patch16_224".split(),
+)
+def test_networks_begin_with_a_convolution_of_the_images_themselves(arch):
+    """What autocast casts first are they, and nothing that was computed of them in float32."""
+    if arch.startswith("timm:"):
+        pytest.importorskip("timm")
+    size = 224 if arch.endswith("_224") else 32
+    network, first = network_of(arch, size)(num_classes=12).eval(), []
+    for module in network.modules():
+        if not list(module.children()):
+            module.register_forward_pre_hook(lambda module, inputs: first.append((module, inputs[0])))
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        network(images)
+    assert isinstance(first[0][0], nn.Conv2d) and first[0][1] is images and casts_images(network)
+
+
+def test_a_network_that_begins_otherwise_gets_its_images_as_they_are():
+    assert not casts_images(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)))
 
 
 def test_a_network_without_a_linear_head_is_refused():

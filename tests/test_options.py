@@ -50,7 +50,7 @@ def parse(monkeypatch, text):
 def test_published_defaults(monkeypatch):
     args = vars(parse(monkeypatch, "IMAGENET"))
     published = dict(
-        data="IMAGENET", arch="resnet50", workers=32, epochs=200, start_epoch=0, batch_size=256, lr=0.03,
+        data="IMAGENET", arch="resnet50", workers=None, epochs=200, start_epoch=0, batch_size=256, lr=0.03,
         schedule=[120, 160], momentum=0.9, weight_decay=1e-4, print_freq=10, resume="", world_size=-1, rank=-1,
         dist_backend=None, seed=None, gpu=None, multiprocessing_distributed=False, save_dir="./", moco_dim=128,
         moco_k=65536, moco_m=0.999, moco_t=0.07, mlp=False, aug_plus=False, cos=False, n_hard=1024, n1=256, n2=256,

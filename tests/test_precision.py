@@ -264,13 +264,13 @@ def test_an_overflow_is_left_out_and_no_end_of_them_is_an_error():
     how.step(optimizer)
     before = weight.detach().clone()
     for _ in range(4):  # each halves the scale
-        how.check()
+        how.check(how.scale().item())
         optimizer.zero_grad()
         assert how.backward((weight * torch.inf).sum(), optimizer, [weight]).item() == 0
         how.step(optimizer)
     assert torch.equal(weight, before)
     with pytest.raises(FloatingPointError, match="--amp fp16: the gradient is not finite, even of a loss .* 6.25e-07"):
-        how.check()
+        how.check(how.scale().item())
     norm = Precision(CPU).backward((weight * torch.inf).sum(), optimizer, [weight])
     assert not norm.isfinite()  # in float32 it is an error, see `metrics.Finite`
 
@@ -508,9 +508,9 @@ def strict(self, **values):
     add(self, **values)
     torch.cuda.set_sync_debug_mode("error")
 
-def free(self, reduce):
+def free(self, reduce, **others):
     torch.cuda.set_sync_debug_mode("default")
-    return read(self, reduce)
+    return read(self, reduce, **others)
 
 metrics.Averages.add, metrics.Averages.read = strict, free
 launch(main_synco.pretrain, main_synco.parse)

@@ -14,6 +14,7 @@ from conftest import cut_at
 
 from benchmarks.survival import differences, unequal
 from synco import checkpoint, metrics
+from synco.run import Run
 
 WITHIN = "checkpoint_step.pth.tar"
 FLAGS = ["--seed", 3, "-p", 2]
@@ -104,6 +105,31 @@ def test_a_warning_after_any_step_changes_nothing_in_the_end(run, tmp_path, sign
     assert f"resumed            {path}, {epochs} epochs{f' and {rest} steps of the next' * bool(rest)} done\n" in out
     assert differences(str(tmp_path / "calm"), str(tmp_path / "r")) == []
     assert not {files.within, "preempted.json"} & set(os.listdir(tmp_path / "r"))
+
+
+def test_a_print_step_reads_from_the_device_once(run, tmp_path, monkeypatch):
+    """Averages, notes, the scaler's state and whether all was finite; no other step reads."""
+    reads, report = [], Run._report
+
+    def counted(name, function):
+        def call(tensor, *args):
+            reads.append(name)
+            return function(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, call)
+
+    def reporting(run, step):
+        reads.append("print")
+        report(run, step)
+        reads.append("done")
+
+    monkeypatch.setattr(Run, "_report", reporting)
+    for name in ("tolist", "item", "cpu", "__bool__", "__float__", "__int__"):
+        counted(name, getattr(torch.Tensor, name))
+    assert run("r", "--epochs", 1)[0] == 0
+    prints = [reads[i : reads.index("done", i)] for i, word in enumerate(reads) if word == "print"]
+    assert prints == [["print", "cpu"]] * 2
+    assert {"loss", "noise", "largest", "lr"} < log_of(tmp_path / "r")[0].keys()
 
 
 @pytest.mark.parametrize("cut", ["model_best_toy.pth.tar", "checkpoint_toy.pth.tar"])

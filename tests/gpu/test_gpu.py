@@ -11,6 +11,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -289,6 +291,18 @@ def test_the_devices_half_of_the_augmentation_is_the_cpus(kind):
     assert apart.mean() < 0.01 and (apart > 0.5).float().mean() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_views_by_pil_are_the_cpus_to_the_bit(kind):
+    """They come in 8 bits; what is left is the normalisation, of which a GPU rounds each operation as a CPU does."""
+    whole = augment.augmentation(64, kind)
+    begin, finish = augment.halves(whole, DEVICE, "cpu")
+    picture, found = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)), []
+    for half in (whole, begin):
+        torch.manual_seed(0)
+        found.append([half(picture) for _ in range(16)])
+    assert torch.equal(finish(torch.stack([view for (view,) in found[1]])).cpu(), torch.stack(found[0]))
+
+
 @pytest.mark.parametrize("own", [None, torch.arange(300)])
 def test_knn_is_the_cpus(own):
     torch.manual_seed(0)
@@ -403,6 +417,29 @@ def test_a_run_that_goes_on_is_exactly_the_one_that_never_stopped(pretrained, da
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
+def test_a_print_step_waits_for_the_device_once(data, tmp_path, monkeypatch):
+    """torch warns of each wait."""
+    report, waits = Run._report, []
+
+    def count(run, step):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if GPU:
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                report(run, step)
+            finally:
+                if GPU:
+                    torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
+
+    monkeypatch.setattr(Run, "_report", count)
+    flags = "--amp fp16 --channels-last" if GPU else ""
+    words = [*PRETRAIN.split(), *"-p 4 --epochs 1 --warmup-epochs 0".split(), *flags.split()]
+    program("main_synco", *words, "--save-dir", tmp_path / "run", data)
+    assert len(waits) > 1 and set(waits) == {1 if GPU else 0}
+
+
 @slow
 def test_encoders_are_compiled_once(data, tmp_path, monkeypatch):
     """Both in the first step; what a step leaves behind in torch's settings asks for no other."""
@@ -471,6 +508,85 @@ def test_a_world_of_two(data, tmp_path, flags):
     words = [*PRETRAIN.split(), *flags.split(), *"--multiprocessing-distributed --nproc-per-node 2".split()]
     assert_good_end(start(*words, "--knn-freq", 1, "--save-dir", tmp_path / "run", data))
     assert losses(tmp_path / "run").isfinite().all()
+
+
+AGREEMENT = """
+import os, sys
+import torch
+from synco import distributed, launch, options
+from synco.builder import SynCo
+
+def run(process, args):
+    W, rank = process.world_size, process.rank
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mine = (rank + torch.arange(6.0) / 10).view(6, 1, 1, 1).expand(6, 3, 4, 5)
+        mine = mine.to(process.device).contiguous(memory_format=layout)
+        order = torch.randperm(6 * W, generator=torch.Generator().manual_seed(3))
+        everyone = distributed.gather(mine)
+        assert torch.equal(distributed.shuffle(mine, order), everyone[order[6 * rank : 6 * rank + 6].to(mine.device)])
+    torch.manual_seed(0)
+    model = SynCo(lambda num_classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, num_classes)), 8, 32,
+                  mlp=False, n_hard=4, n1=2, n2=2, n3=2, n4=2, n5=2, n6=2).to(process.device)
+    torch.manual_seed(rank)
+    for step in range(5):
+        model(*torch.randn(2, 4, 3, 4, 4, device=process.device), step=step)
+    queues = distributed.gather(model.queue[None])
+    assert (queues == model.queue).all() and model.queue_ptr.item() == 5 * 4 * W % 32
+    os.write(1, b"agreed ")
+
+def parse():
+    parser = options.Parser("")
+    options.add_distributed(parser)
+    return parser.parse_args()
+
+if __name__ == "__main__":
+    launch.launch(run, parse)
+"""
+FULL = """
+import torch
+import main_synco
+from synco.launch import launch
+
+step = torch.optim.SGD.step
+
+def full(self, *args):
+    weight = self.param_groups[0]["params"][0]
+    if torch.distributed.get_rank() == 1 and weight in self.state:  # in its second step
+        torch.empty(1 << 50, dtype=torch.uint8, device=weight.device)
+    return step(self, *args)
+
+if __name__ == "__main__":
+    torch.optim.SGD.step = full
+    launch(main_synco.pretrain, main_synco.parse)
+"""
+
+
+def torchrun(path, *flags, processes=2):
+    """A program in several processes → CompletedProcess."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, path, *flags]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, words)), cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+
+
+@slow
+@on_two_gpus
+def test_images_are_shuffled_rightly_and_queues_agree(tmp_path):
+    (tmp_path / "agreement.py").write_text(AGREEMENT)
+    done = torchrun(tmp_path / "agreement.py")
+    assert done.returncode == 0 and done.stdout.count("agreed") == 2, done.stderr
+
+
+@slow
+@on_two_gpus
+def test_a_rank_without_memory_ends_the_run_with_one_report(data, tmp_path):
+    """The other one waits for it in a collective."""
+    (tmp_path / "full.py").write_text(FULL)
+    began = time.monotonic()
+    done = torchrun(tmp_path / "full.py", *PRETRAIN.split(), "--save-dir", tmp_path / "run", data)
+    assert done.returncode == 1 and time.monotonic() - began < (60 if GPU else 150)
+    told = [line for line in done.stderr.splitlines() if line.startswith("full.py: error: ")]
+    assert len(told) == 1 and "lower --batch-size or --img-size" in told[0], done.stderr
+    assert 'full.py", line' not in done.stderr
 
 
 @slow
