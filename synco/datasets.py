@@ -99,6 +99,10 @@ class Images(Dataset):
         """Have the images read by another function, of their position here."""
         self._read, self._numbers = read, range(len(self))
 
+    def file(self, position: int) -> str | None:
+        """The path of the file that an image lies in, by itself or in a tar file; None where there is none."""
+        return self._read.index.place(self._numbers[position]).path if self.has_bytes() else None
+
     def content(self, position: int) -> bytes:
         """An image's bytes, where it has some. Raises UserError that names a file which cannot be read."""
         return self._read.content(self._numbers[position])
@@ -167,16 +171,18 @@ def fetch(args: argparse.Namespace, process: distributed.Process) -> None:
         distributed.barrier()
 
 
-def load(args: argparse.Namespace, split: str) -> Images:
+def load(args: argparse.Namespace, split: str, *, labelled: bool | None = None) -> Images:
     """The images of a split, "train", "val" or "pretrain", as far as --limit-images lets them → Images.
 
     "pretrain" is "train" but for STL-10, whose unlabelled images it is. With --hold-out N, "val" is N of the training
     images, which the others then lack: for choosing settings without a look at the images that are reported.
+    labelled: whether the images must have labels; None: all but "pretrain" must.
     Raises UserError where the data set is missing or damaged, or has no N images to spare.
     """
     source = "train" if args.hold_out and split == "val" else split
+    labelled = split != "pretrain" if labelled is None else labelled
     if args.dataset in options.LAYOUTS:
-        images = stored(_find(args, "val" if source == "val" else "train", labelled=split != "pretrain"))
+        images = stored(_find(args, "val" if source == "val" else "train", labelled))
     else:
         images = _named(args, source)
     if args.hold_out and not (split == "pretrain" and args.dataset == "stl10"):  # whose unlabelled images are others

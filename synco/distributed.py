@@ -163,6 +163,15 @@ def gather(x: Tensor) -> Tensor:
     return everyone
 
 
+def exchange(x: Tensor) -> Tensor:
+    """x (W·B, ...), of one shape in every process → (W·B, ...): this process's B rows of each process's x, by rank."""
+    if not dist.is_initialized():
+        return x
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, x.contiguous())
+    return received
+
+
 def total(x: Tensor) -> Tensor:
     """The sum of a tensor over all processes; x itself is changed to it."""
     if dist.is_initialized():

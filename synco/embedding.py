@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from synco import augment, cache, datasets, distributed, export, knn, loader, options
+from synco import cache, datasets, distributed, features, loader
 from synco.errors import UserError
-from synco.networks import try_images
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,21 @@ def feature_map(args) -> Map:
     images = datasets.load(args, "val")
     if len(images) < 3:
         raise UserError(f"{args.data}: val has {len(images)} images, and a map needs 3")
-    network, head, saved = export.load(args.checkpoint, args.arch, args.stem)
-    settings = options.resolve_image_settings(args, args.checkpoint, saved["config"])
-    try_images(network.to(process.device), saved["arch"], settings["img_size"])
+    model = features.open_backbone(args, args.checkpoint, process.device)
     if args.cache_images:
         cache.keep([images], process)
-    view = images.with_transform(augment.center_view(settings["img_size"], settings["stats"]))
+    view = images.with_transform(model.center_view())
     workers = loader.workers_each(args.workers, process.local_size)
     load = {"process": process, "workers": workers, "timeout": args.worker_timeout}
     batches = loader.eval_loader(view, args.batch_size, **load)
-    features, _, labels = knn.extract(network, head, batches, process.device)
+    rows, _, labels = features.extract(model.network, model.head, batches, process.device)
     if args.method == "tsne":
-        places, axes = tsne(features), ("t-SNE, first coordinate", "t-SNE, second coordinate")
+        places, axes = tsne(rows), ("t-SNE, first coordinate", "t-SNE, second coordinate")
     else:
-        places, shares = principal(features)
+        places, shares = principal(rows)
         axes = tuple(f"principal component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, 1))
     name = os.path.basename(os.path.abspath(args.data)) if args.dataset == "imagefolder" else args.dataset
-    title = f"{saved['arch']}, val of {name}: {len(places)} images"
+    title = f"{model.arch}, val of {name}: {len(places)} images"
     return Map(places.tolist(), labels.tolist(), images.classes, axes, title)
 
 

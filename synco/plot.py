@@ -134,7 +134,7 @@ def parse() -> argparse.Namespace:
     flag("--method", choices=("pca", "tsne"), help="of --embedding: pca, unless tsne, which needs scikit-learn")
     flag("-b", "--batch-size", default=256, type=number(int, 1), help="of --embedding")
     options.add_data(parser, positional=False)  # of --embedding
-    parser.set_defaults(arch=None)
+    parser.set_defaults(arch=None, seed=0)
     args = parser.parse_args()
     if bool(args.runs) == bool(args.embedding):
         raise UserError("give RUNs, one or several, or --embedding CHECKPOINT DATA (--help lists the flags)")

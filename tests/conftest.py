@@ -163,6 +163,17 @@ def make_pretrained(arch, path):
     return encoder.eval()
 
 
+def know_images(network, images):
+    """Give a network's BatchNorm the statistics of images (M, 3, H, W): an untrained one's features are all alike."""
+    for norm in network.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.reset_running_stats()
+            norm.momentum = None
+    with torch.no_grad():
+        network.train()(images)
+    return network.eval()
+
+
 @pytest.fixture(scope="session")
 def pretrained_of(tmp_path_factory):
     """pretrained_of(arch) → (a checkpoint's path, its query encoder), from `make_pretrained`, once per session."""

@@ -18,6 +18,7 @@ SMALLEST = {
     f"heads.py -a {ARCH} -b 4 --lr 1 3 --repeat 1": ("ratio", "heads"),
     "comm.py -w 2 -b 4 --img-size 8 --steps 2": (),
     f"scale.py -a {ARCH} -w 8 64 --images 4": ("predicted", "weights"),
+    "coverage.py --simulations 3 --draws 50": ("results",),
 }
 
 

@@ -199,3 +199,84 @@ def test_a_worker_that_is_stuck_ends_the_command(programs, pretrained, data, mon
     flags = [pretrained, data, "--img-size", 32, "-j", 1, "--worker-timeout", 1]
     status, _, err = programs("synco.knn", *flags)
     assert status == 1 and err.count("\n") == 1 and "timed out after 1 seconds" in err, err
+
+
+def tied(seed=6):
+    """Rows on a few directions, so that many are equal, and labels: coordinates are exact in any precision."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [-1, 1, 1, 1], [1, 1, 1, -1]]) / 2
+    bank = directions[torch.randint(5, (5000,), generator=generator)]  # more than are compared at a time
+    queries = directions[torch.randint(5, (2100,), generator=generator)]
+    return bank, torch.randint(7, (5000,), generator=generator), queries
+
+
+def by_sorting(bank, queries, k, own=None):
+    """NumPy in float64: the k most similar rows, of equal ones the first."""
+    similarity = queries.double().numpy() @ bank.double().numpy().T
+    if own is not None:
+        similarity[np.arange(len(own)), own] = -np.inf
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+
+
+def _nearest(rank, world_size, strided):
+    bank, labels, queries = tied()
+    numbers = torch.arange(5000)
+    share = slice(rank, None, world_size) if strided else slice(5000 * rank // 7, 5000 * (rank + 1) // 7)
+    share = slice(5000 * rank // 7, None) if not strided and rank == world_size - 1 else share
+    mine = slice(rank, None, world_size)
+    found = [rows for _, rows in knn.nearest(bank[share], numbers[share], queries[mine], 90)]
+    settings = {"classes": 7, "k": 90, "numbers": numbers[share]}
+    return torch.cat(found).numpy(), knn.predict(bank[share], labels[share], queries[mine], **settings).numpy()
+
+
+def test_of_equal_neighbours_the_first_however_the_bank_is_shared():
+    bank, labels, queries = tied()
+    expected = by_sorting(bank, queries, 90)
+    votes = np.zeros((len(queries), 7))
+    # equal votes are counted, so that no rounding decides between classes
+    similarity = np.take_along_axis(queries.double().numpy() @ bank.double().numpy().T, expected, axis=1)
+    np.add.at(votes, (np.arange(len(queries))[:, None], labels.numpy()[expected]), similarity == similarity[:, :1])
+    assert (similarity == similarity[:, :1]).all()  # 90 of about 1,000 equal ones
+    assert np.array_equal(_nearest(0, 1, True)[0], expected)
+    assert np.array_equal(_nearest(0, 1, True)[1], votes.argmax(axis=1))
+    for world_size, strided in ((2, True), (3, False)):
+        for rank, (found, predicted) in enumerate(processes(world_size, _nearest, world_size, strided)):
+            assert np.array_equal(found, expected[rank::world_size])
+            assert np.array_equal(predicted, votes.argmax(axis=1)[rank::world_size])
+
+
+def test_no_row_finds_itself_among_its_equals():
+    bank, labels, _ = tied()
+    own = torch.arange(5000)
+    found = torch.cat([rows for _, rows in knn.nearest(bank, own, bank, 40, own=own)])
+    assert np.array_equal(found, by_sorting(bank, bank, 40, own=own.numpy()))
+
+
+def test_similarities_are_the_same_bits_however_they_are_summed():
+    """Of rows on the grid: by integers of any size, and with the columns in another order."""
+    torch.manual_seed(8)
+    rows = knn.on_grid(F.normalize(torch.randn(40, 300) * torch.logspace(0, -3, 300), dim=1))
+    assert torch.equal(rows, rows.float().double())  # what travels is what was rounded
+    whole = (rows * knn.GRID).long().tolist()
+    expected = [[sum(a * b for a, b in zip(one, other)) for other in whole] for one in whole]
+    order = torch.randperm(300)
+    for found in (
+        rows @ rows.T,
+        rows[:, order] @ rows[:, order].T,
+        torch.cat([rows @ row[:, None] for row in rows], 1),
+    ):
+        assert (found * knn.GRID**2).long().tolist() == expected
+
+
+def test_the_memory_beside_the_bank():
+    """50,000 queries of 2,048 numbers would be answered in rounds of this size, whatever their number."""
+    bank, queries = (F.normalize(torch.randn(n, 2048)) for n in (5000, 1500))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for _ in knn.nearest(bank, torch.arange(5000), queries, 200):
+            pass
+    total = most = 0
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        if event.name == "[memory]":
+            total += event.cpu_memory_usage
+            most = max(most, total)
+    assert 0 < most < 1e9 / 2

@@ -1,0 +1,160 @@
+"""The evaluation's table against NumPy from the stored features, in one process and in several."""
+
+import json
+import unittest.mock
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ARCH, know_images, make_images, make_pretrained, processes
+
+from synco import augment, datasets, evaluate
+from synco.distributed import Process
+
+FLAGS = "--img-size 32 -j 0 -b 16".split()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A data folder of 60 images to train and 21 to validate."""
+    folder = tmp_path_factory.mktemp("many")
+    make_images(folder / "train", classes=3, images=20)
+    make_images(folder / "val", classes=3, images=7, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(many, tmp_path_factory):
+    """A checkpoint whose BatchNorm knows these images."""
+    torch.manual_seed(7)
+    net = torchvision.models.get_model(ARCH)
+    images = datasets.image_folder(many, "train").with_transform(augment.center_view(32))
+    know_images(net, torch.stack([x for x, _ in images]))
+    state = {f"module.encoder_q.{name}": w for name, w in net.state_dict().items()}
+    path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth.tar"
+    torch.save({"epoch": 5, "arch": ARCH, "state_dict": state}, path)
+    return str(path)
+
+
+def stored(folder, name):
+    """A split's (unit rows float64, labels) from the files in a store."""
+    (place,) = folder.glob(f"{name}-*")
+    rows = np.load(place / "features.npy").astype(np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True), np.load(place / "labels.npy")
+
+
+def by_sorting(train, val, k, t):
+    """Which val images weighted kNN gets right."""
+    similarity = val[0] @ train[0].T
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    votes = np.zeros((len(val[0]), 3))
+    weights = np.exp((np.take_along_axis(similarity, nearest, axis=1)) / t)
+    np.add.at(votes, (np.arange(len(votes))[:, None], train[1][nearest]), weights)
+    return votes.argmax(axis=1) == val[1]
+
+
+def test_the_table(programs, pretrained, many, tmp_path):
+    words = [pretrained, many, *FLAGS, "--features", tmp_path / "f", "-o", tmp_path / "e.json"]
+    status, out, err = programs("synco.evaluate", *words)
+    assert (status, err) == (0, "")
+    found = json.loads((tmp_path / "e.json").read_text())
+    (one,) = found["checkpoints"]
+    train, val = (stored(tmp_path / "f", name) for name in ("train", "val"))
+    for k in (10, 20, 100, 200):
+        for t in (0.07, 0.1):
+            entry = one["accuracies"][f"knn k={k} t={t}"]
+            hits = by_sorting(train, val, k, t)
+            assert entry["top1"] == pytest.approx(100 * hits.mean())
+            drawn = np.random.default_rng(0).choice(hits, size=(20_000, 21)).mean(axis=1)
+            low, high = 100 * np.quantile(drawn, [0.025, 0.975])
+            assert abs(entry["low"] - low) < 4.8 and abs(entry["high"] - high) < 4.8  # one image of 21
+            assert f"kNN, k = {k}, t = {t}".ljust(24) in out and f"{entry['top1']:.2f} [{entry['low']:.2f}" in out
+    squares = ((val[0][:, None] - val[0]) ** 2).sum(axis=2)[~np.eye(21, dtype=bool)]
+    assert one["uniformity"] == pytest.approx(np.log(np.exp(-2 * squares).mean()), rel=1e-6)
+    views = [np.load(next((tmp_path / "f").glob(f"view{i}-*")) / "features.npy").astype(np.float64) for i in (0, 1)]
+    views = [view / np.linalg.norm(view, axis=1, keepdims=True) for view in views]
+    assert one["alignment"] == pytest.approx(((views[0] - views[1]) ** 2).sum(axis=1).mean(), rel=1e-6)
+    assert one["accuracies"]["logistic 100 %"]["l2"] in evaluate.measures.STRENGTHS
+    assert "k = 100 and 200: train has 60 images, and all of them vote" in out
+    assert "not the published linear probe" in out and one["collapse"] in out
+    status, again, _ = programs("synco.evaluate", *words)
+    assert status == 0 and again.count("there already") == 4
+    assert json.loads((tmp_path / "e.json").read_text()) == found
+
+
+def test_two_checkpoints(programs, pretrained, many, tmp_path):
+    """The difference's interval is that of the paired hits; two of the same weights do not differ."""
+    words = [pretrained, many, *FLAGS, "--features", tmp_path / "f", "-o", tmp_path / "e.json", "--compare"]
+    status, out, _ = programs("synco.evaluate", *words, pretrained)
+    assert status == 0 and "they differ" not in out
+    same = json.loads((tmp_path / "e.json").read_text())["differences"].values()
+    assert all((d["difference"], d["low"], d["high"], d["differ"]) == (0, 0, 0, False) for d in same)
+    status, out, err = programs("synco.evaluate", *words, "random", "-a", ARCH)
+    assert status == 0, err
+    found = json.loads((tmp_path / "e.json").read_text())
+    one, other = (checkpoint["accuracies"] for checkpoint in found["checkpoints"])
+    for name, d in found["differences"].items():
+        assert d["difference"] == pytest.approx(other[name]["top1"] - one[name]["top1"])
+        assert d["low"] <= d["difference"] <= d["high"] and d["differ"] == (d["low"] > 0 or d["high"] < 0)
+
+
+def test_each_network_at_its_own_size(programs, many, tmp_path):
+    paths = [tmp_path / "a.pth.tar", tmp_path / "b.pth.tar"]
+    for path, size in zip(paths, (32, 40)):
+        make_pretrained(ARCH, path)
+        torch.save(torch.load(path, weights_only=True) | {"config": {"img_size": size}}, path)
+    status, out, _ = programs("synco.evaluate", paths[0], many, "-j", 0, "--compare", paths[1])
+    assert status == 0 and "image sizes        differ: each network sees the images at its own" in out
+    assert f"{ARCH} at 32 pixels" in out and f"{ARCH} at 40 pixels" in out
+
+
+def _evaluate(rank, world_size, words, output):
+    with unittest.mock.patch("sys.argv", ["evaluate.py", *words, "-o", output]):
+        args = evaluate.parse()
+    evaluate.run(Process(rank, world_size, rank, world_size), args)
+    if rank == 0:
+        with open(output) as file:
+            return json.load(file)["checkpoints"]
+    return None
+
+
+def test_the_same_numbers_whatever_the_number_of_processes(pretrained, many, tmp_path):
+    words = [str(word) for word in (pretrained, many, *FLAGS)]
+    alone = _evaluate(0, 1, words, str(tmp_path / "1.json"))
+    for world_size in (2, 3):
+        assert processes(world_size, _evaluate, world_size, words, str(tmp_path / "n.json"))[0] == alone
+
+
+def test_features_for_other_programs(programs, pretrained, many, tmp_path):
+    words = [pretrained, many, *FLAGS, "--features-only", "--features", tmp_path / "f"]
+    status, out, _ = programs("synco.evaluate", *words, "--features-dtype", "float16")
+    assert status == 0 and "kNN" not in out and len(list((tmp_path / "f").iterdir())) == 2
+    (place,) = (tmp_path / "f").glob("val-*")
+    assert np.load(place / "features.npy").dtype == np.float16
+    assert np.load(place / "names.npy").tolist() == list(datasets.image_folder(many, "val").names)
+
+
+def test_classes_without_images(programs, pretrained, many):
+    """Two images are of two classes at most."""
+    status, out, _ = programs("synco.evaluate", pretrained, many, *FLAGS, "--limit-images", 2)
+    assert status == 0 and "train classes      1 of 3 have no images: c2" in out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("CHECKPOINT DATA --features-only", "--features-only writes into --features FOLDER"),
+        ("CHECKPOINT DATA --features=", "--features '': must name a folder"),
+        ("CHECKPOINT DATA --features F --features-only -o x.json", "-o x.json: --features-only makes no table"),
+        ("CHECKPOINT DATA -o nowhere/x.json", "-o nowhere/x.json: there is no folder nowhere"),
+        ("CHECKPOINT DATA --compare nowhere.tar", "nowhere.tar: no such checkpoint file"),
+        ("CHECKPOINT DATA --features CHECKPOINT", "cannot be "),
+        ("CHECKPOINT DATA --features-dtype float8", "invalid choice: 'float8'"),
+        ("CHECKPOINT nowhere", "nowhere: no such folder"),
+    ],
+)
+def test_bad_input(programs, pretrained, many, words, message):
+    words = words.replace("CHECKPOINT", pretrained).replace("DATA", str(many)).split()
+    status, out, err = programs("synco.evaluate", *words, *FLAGS)
+    assert status == 2 and err.count("\n") == 1 and message in err, err
