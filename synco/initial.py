@@ -49,7 +49,7 @@ def load_weights(model: SynCo, run: Run, args: argparse.Namespace) -> tuple[dict
         if what and what != stored:
             began = f"began with {stored or 'random weights'}"
             raise UserError(f"--init-from {what}: {run.path} is of a run that {began}; leave it out to go on")
-        return {}, {name: run.before.get(name) for name in ("init_from", "init_sha256")}
+        return {}, {name: run.before[name] for name in ("init_from", "init_sha256") if name in run.before}
     if not what:
         return {}, {}
     if args.overwrite and os.path.isfile(what) and run.folder.holds(what):

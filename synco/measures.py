@@ -85,7 +85,8 @@ def signs_of_collapse(q: torch.Tensor) -> dict[str, torch.Tensor]:
     lie all over the sphere (SimSiam, arXiv 2011.10566, sec. 4.1); "effective_rank": see there.
     """
     width = q.shape[1] ** 0.5
-    return {"spread": q.std(dim=0, correction=0).mean() * width, "effective_rank": effective_rank(q)}
+    rank = effective_rank(q.nan_to_num(0, 0, 0))  # svdvals refuses what is not finite, which the run itself will tell
+    return {"spread": q.std(dim=0, correction=0).mean() * width, "effective_rank": rank}
 
 
 class Collapse:

@@ -143,7 +143,7 @@ class Loader(DataLoader):
 
     def _failure(self, error):
         """What an error in the wait for a batch says of the workers; they are ended."""
-        multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=1)  # until one is dead
+        multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=5)  # until one is dead
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         why = self.why or self._dead() or f"the workers of the DataLoader were lost ({last})"
         for worker in self.workers:

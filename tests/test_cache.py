@@ -81,7 +81,7 @@ def _keep(rank, folder, nodes):
     datasets.Images.image = lambda self, position: (decoded.append(position), image(self, position))[1]
     before = set(os.listdir("/dev/shm"))
     cache.keep([images], Process(rank, 4, rank // nodes, 4 // nodes))
-    left = set(os.listdir("/dev/shm")) - before
+    left = {name for name in {*os.listdir("/dev/shm")} - before if not name.startswith(("sem.", "torch_"))}  # of others
     count, found = len(decoded), [np.asarray(images.image(i)) for i in range(len(images))]
     distributed.barrier()
     if rank == 0:

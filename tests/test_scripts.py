@@ -800,38 +800,6 @@ def test_demo(tmp_path, monkeypatch):
     assert len({args.save_dir for args in trials}) == 4
 
 
-# --------------------------------------------------------------------------------------------------------- benchmarks
-
-
-def measured(tmp_path, status, **env):
-    """Run benchmarks/gpu.sh on 20,000 images, its programs ending as the shell's `status` says → CompletedProcess."""
-    python = program(tmp_path / "bin", "python", f'[ "$1" = -c ] && exit 0; echo "$@"; {status}') / "python"
-    program(tmp_path / "bin", "find", "seq 20000")
-    program(tmp_path / "bin", "nvidia-smi", "exit 0")
-    words = [ROOT / "benchmarks" / "gpu.sh", tmp_path]
-    return bash(*words, cwd=tmp_path, first_on_path=tmp_path / "bin", PYTHON=str(python), **env)
-
-
-def test_each_measurement_gets_its_own_flags(tmp_path):
-    done = measured(tmp_path, "exit 0", STEP="--repeat 3", PRETRAIN="-j 7")
-    assert (done.returncode, done.stderr) == (0, "")
-    parts = [line.split() for line in done.stdout.splitlines()]
-    assert [words[0] for words in parts].count("main_synco.py") == 1 and len(parts) == 6
-    for words in parts:
-        assert ("--repeat" in words) == (words[0] == "benchmarks/step.py")
-        assert ("-j" in words) == (words[0] == "main_synco.py")
-
-
-def test_a_measurement_that_fails_or_hangs_does_not_end_the_others(tmp_path):
-    (tmp_path / "bin").mkdir()
-    real = shutil.which("timeout")
-    program(tmp_path / "bin", "timeout", f'while [ "$1" != {tmp_path}/bin/python ]; do shift; done; {real} 0.5 "$@"')
-    done = measured(tmp_path, "case $1 in *input.py) sleep 5;; *step.py) exit 3;; esac")
-    assert done.returncode == 1 and len(done.stdout.splitlines()) == 6
-    failed = [line.removeprefix("gpu.sh: failed with status ").split()[:2] for line in done.stderr.splitlines()]
-    assert failed == [["3:", "benchmarks/step.py"]] * 2 + [["124:", "benchmarks/input.py"]]
-
-
 # ------------------------------------------------------------------------------------------------- make_demo_patches
 
 
