@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_run(undisturbed, data):
         assert fact in run.stdout
     lines = [line for line in run.stdout.splitlines() if line.startswith("Epoch")]
     assert len(lines) == 4  # two print steps in each epoch of three steps
-    pattern = r"Epoch 1 \[3/3\]  loss \d+\.\d+  acc@1 .* images/s  data \d+%  ETA 0:00:00"
+    pattern = r"Epoch 1 \[3/3\]  loss \d+\.\d+  acc@1 .* images/s  data \d+%  ETA 0:0\d:\d\d"
     assert re.fullmatch(pattern, lines[-1])
     knn = [line for line in run.stdout.splitlines() if line.startswith("kNN after")]
     assert [line[:18] for line in knn] == ["kNN after 0 epochs", "kNN after 1 epochs", "kNN after 2 epochs"]
@@ -279,8 +280,16 @@ def parsed(*flags):
         return main_synco.parse()
 
 
-def test_a_length_in_steps(undisturbed, data, tmp_path, program):
-    """Seven steps of three an epoch: two epochs and a step, each with a learning rate of its own."""
+def test_a_length_in_steps(undisturbed, data, tmp_path, program, monkeypatch):
+    """Seven steps of three an epoch: two epochs and a step, each with a learning rate of its own; of ten seconds each."""
+    clock, step = [0.0], torch.optim.SGD.step
+
+    def ten_seconds(*args):
+        clock[0] += 10
+        return step(*args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", ten_seconds)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     flags = [*SMALL, "-p", 1, "--knn-freq", 1, "--save-dir", tmp_path / "r", data]
     flags[flags.index("--epochs") : flags.index("--epochs") + 2] = ["--steps", 7]
     status, out, err = program(*flags)
@@ -290,7 +299,10 @@ def test_a_length_in_steps(undisturbed, data, tmp_path, program):
     assert [line["lr"] for line in lines] == pytest.approx([0.015 * (1 + np.cos(np.pi * i / 7)) for i in range(7)])
     saved = final(tmp_path / "r", 2)
     assert (saved["epoch"], saved["step"], saved["state_dict"]["module.queue_ptr"].tolist()) == (3, 7, [7 * 8 % 64])
-    assert "Epoch 2 [1/3]" in out and out.count("ETA 0:00:00") >= 1 and "kNN after 3 epochs" in out
+    assert re.findall(r"^Epoch (\d) \[(\d)/3\] .* ETA (.*)$", out, re.M) == [
+        (str(i // 3), str(i % 3 + 1), f"0:0{left // 6}:{left % 6}0") for i, left in enumerate(range(6, -1, -1))
+    ]
+    assert "kNN after 3 epochs" in out
 
     shutil.copytree(tmp_path / "r", tmp_path / "again")
     os.remove(tmp_path / "again" / "checkpoint_0002.pth.tar")
