@@ -142,3 +142,10 @@ def test_links_and_named_files_are_there(name):
     for named in re.findall(r"`([\w./-]+\.(?:py|sh|sbatch|yaml|toml|cff|md))\b[^`]*`", text):
         known = named.startswith("...") or in_repository(named, page) or (ROOT / "synco" / named).exists()
         assert known, f"{name}: {named}"
+
+
+def test_each_file_of_the_package_is_in_the_table_of_files():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    rows = re.findall(r"^\| (`\w+\.py`[^|]*) \|", text, re.M)
+    named = re.findall(r"`(\w+\.py)`", " ".join(rows))
+    assert sorted(named) == sorted(path.name for path in (ROOT / "synco").glob("*.py") if path.stem != "__init__")
