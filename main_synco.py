@@ -23,19 +23,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from synco import (
-    augment,
-    cache,
-    datasets,
-    diagnostics,
-    distributed,
-    initial,
-    knn,
-    loader,
-    methods,
-    metrics,
-    options,
-)
+from synco import augment, cache, datasets, diagnostics, distributed, initial, knn, loader, methods, metrics, options
 from synco.builder import QueueIndex, SynCo
 from synco.errors import UserError
 from synco.folder import RunFiles
@@ -63,8 +51,8 @@ def pretrain(process: distributed.Process, args) -> None:
         distributed.warn(f"--lr-warmup-epochs {args.lr_warmup_epochs}: longer than the run, which never reaches --lr")
     model = make_model(args, precision, run.seed, steps=steps, total=total)
     optimizer = make_optimizer(args, model, precision.fused)
-    state = {"state_dict": model, "optimizer": optimizer, "scaler": precision}
-    state["queue_index"] = QueueIndex(model, images=len(batches.dataset.reader))
+    rows = QueueIndex(model, images=len(batches.dataset.reader))
+    state = {"state_dict": model, "optimizer": optimizer, "scaler": precision, "queue_index": rows}
     facts, origin = initial.load_weights(model, run, args)
     facts = {"method": methods.describe(args, steps, total), **facts}
     run.begin(batches, total, state, facts=facts, identity=origin, save_freq=args.save_freq)
@@ -188,7 +176,11 @@ def make_model(args, precision: Precision, seed: int, *, steps: int, total: int)
     with network_errors_as_user_errors(args.arch, args.img_size):
         model = SynCo(
             network_of(args.arch, args.img_size, args.stem),
-            **{"dim": args.moco_dim, "K": args.moco_k, "m": args.moco_m, "T": args.moco_t, "mlp": args.mlp},
+            dim=args.moco_dim,
+            K=args.moco_k,
+            m=args.moco_m,
+            T=args.moco_t,
+            mlp=args.mlp,
             **{name: getattr(args, name) for name in (*methods.FLAGS, *SAME)},
             warmup_epochs=[options.in_epochs(start, steps) for start in methods.warmups(args)],
             stop_epoch=total / steps - args.cooldown_epochs,
