@@ -75,7 +75,7 @@ class Reader:
         return self.found.value != self.told
 
     def share_unreadable(self) -> None:
-        """Tell all processes the bad images of each. Every process must call this, see `run.Saves`.
+        """Tell all processes the bad images of each. Every process must call this, see `agreement.Due`.
 
         Raises UserError if they are too many together.
         """

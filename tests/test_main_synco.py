@@ -281,7 +281,7 @@ def parsed(*flags):
 
 
 def test_a_length_in_steps(undisturbed, data, tmp_path, program, monkeypatch):
-    """Seven steps of three an epoch: two epochs and a step, each with a learning rate of its own; of ten seconds each."""
+    """Seven steps of three an epoch: two epochs and a step, each with a learning rate of its own; ten seconds each."""
     clock, step = [0.0], torch.optim.SGD.step
 
     def ten_seconds(*args):
