@@ -281,6 +281,7 @@ def parse():
          f"--moco-k is {args.moco_k}"),
         (args.blur and not (args.aug_plus or args.aug_heavy), "--blur goes with --aug-plus or --aug-heavy: MoCo v1's "
          "augmentation has none"),
+        (args.init_from == "", "--init-from '': must name weights"),
         (args.init_from and args.resume not in ("", "auto"), f"--init-from {args.init_from} begins a run, and --resume "
          f"{args.resume} goes on with one; give one of the two"),
         (args.sync_bn and args.bn_splits > 1, f"--sync-bn and --bn-splits {args.bn_splits} contradict each other"),

@@ -193,14 +193,17 @@ def load(args: argparse.Namespace, split: str, *, labelled: bool | None = None) 
 def _find(args, split, labelled):
     """The index of a split's images in the layout that the flags name. labelled: whether labels are needed."""
     lists = {"train": args.train_list, "val": args.val_list}
-    if lists[split]:
-        found = layouts.listed(args.data, split, lists.pop(split), *lists.values())
-    elif args.dataset == "imagenet":
-        found = imagenet.find(args.data, split)
-    elif args.dataset == "shards":
-        found = layouts.shards(args.data, split)
-    else:
-        found = layouts.folder(args.data, split, labelled)
+    try:
+        if lists[split]:
+            found = layouts.listed(args.data, split, lists.pop(split), *lists.values())
+        elif args.dataset == "imagenet":
+            found = imagenet.find(args.data, split)
+        elif args.dataset == "shards":
+            found = layouts.shards(args.data, split)
+        else:
+            found = layouts.folder(args.data, split, labelled)
+    except OSError as error:  # a folder that may not be listed
+        raise UserError(f"{error.filename or args.data}: cannot be read ({error.strerror})") from error
     if not found.labelled:
         if labelled:
             raise UserError(f"{found.root}: its {split} images have no labels, which kNN, probes and maps need")

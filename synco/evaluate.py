@@ -97,8 +97,8 @@ def parse() -> argparse.Namespace:
 def run(process: Process, args: argparse.Namespace) -> None:
     """Evaluate one checkpoint or two, print the table, write the JSON file."""
     datasets.fetch(args, process)
-    train = features.load_split(args, "train")
-    val = features.load_split(args, "val", bool(train.classes))
+    train = datasets.load(args, "train", labelled=False)
+    val = datasets.load(args, "val", labelled=False)
     labelled = bool(train.classes and val.classes)
     parts = []
     if labelled and not args.features_only:

@@ -314,19 +314,6 @@ def add_features(parser: options.Parser) -> None:
     parser.set_defaults(arch=None)  # what the checkpoint was trained with
 
 
-def load_split(args: argparse.Namespace, split: str, labelled: bool = True) -> datasets.Images:
-    """A split's images, with labels if it has some; labelled: False where it is known to have none."""
-    if labelled:
-        try:
-            return datasets.load(args, split)
-        except UserError as error:
-            if "have no labels" not in str(error):
-                raise
-    elif args.dataset == "imagefolder" and not args.val_list and not os.path.isdir(os.path.join(args.data, split)):
-        raise UserError(f"{args.data}: has no folder {split!r} in it")  # DATA itself would be taken for it
-    return datasets.load(args, split, labelled=False)
-
-
 def labels_of(images: datasets.Images) -> np.ndarray | None:
     """(M,) int64 the images' labels, or None where they have none."""
     return np.asarray(images.targets, dtype=np.int64) if images.classes and images.targets is not None else None

@@ -184,12 +184,13 @@ class FolderLock:
     A lock of the process (POSIX), not of the open file: it dies with its owner, and the loading workers, which
     inherit open files, do not keep it. For the same reason a process makes no second one of a folder while it has one.
     Where the file system or the machine knows no locks there is none.
-    patience: seconds to wait for an owner that is about to end, such as one whose launcher was killed just now.
+    patience: seconds to wait for an owner that is about to end, such as one whose launcher was killed just now;
+    flag: what names the folder, for the message.
     Raises UserError that names the process which holds it, or a symbolic link in its place; OSError if the folder
     cannot be written.
     """
 
-    def __init__(self, folder: StrPath, patience: float = 10.0):
+    def __init__(self, folder: StrPath, patience: float = 10.0, flag: str = "--save-dir"):
         self._file = None  # open while this holds the lock
         try:
             import fcntl
@@ -208,7 +209,7 @@ class FolderLock:
                 owner = file.read(200).decode(errors="replace").strip() or "a process that does not say its name"
                 file.close()
                 if time.monotonic() > until:
-                    raise UserError(f"--save-dir {folder}: another run is using it ({owner}); give another") from error
+                    raise UserError(f"{flag} {folder}: another run is using it ({owner}); give another") from error
                 time.sleep(0.2)
             except OSError:  # no locks here
                 file.close()

@@ -18,8 +18,8 @@ SPLITS = {"train": "train", "val": "val(?:idation)?"}  # as the names of shards 
 def folder(root: str, split: str, labelled: bool = True) -> Index:
     """The images of root/split. Raises UserError where a folder or the images are missing.
 
-    labelled: whether they must be in class folders; if not, those at any depth of root are taken where it has neither
-    a folder `split` nor val.
+    labelled: whether they must be in class folders; if not, those at any depth of root are train's where it has neither
+    a folder train nor val.
     """
     place, wanted = os.path.join(root, split), f"it should hold {split}/CLASS/IMAGE"
     if not os.path.isdir(root):
@@ -30,7 +30,7 @@ def folder(root: str, split: str, labelled: bool = True) -> Index:
             count = int(found.starts[1])
             distributed.say(f"{'images':18} {count} beside class folders, such as {found[0]}: all are without labels")
         return found
-    if labelled or os.path.isdir(os.path.join(root, "val")):
+    if labelled or split != "train" or os.path.isdir(os.path.join(root, "val")):
         raise UserError(f"{root}: has no folder {split!r} in it; {wanted}")
     try:
         return index.open_index(root, labelled=False)
@@ -74,7 +74,7 @@ def listed(root: str, split: str, path: str, other: str | None = None) -> Index:
             )
         names = names_of([_relative(name, root) for name in paths], labels, path, split)
         states = [index.state(root, os.path.abspath(name)) for name in has_labels]
-        return records.of_names(root, names, labelled=labels[0] is not None, paths=paths), states
+        return records.of_names(root, names, labelled=labels[0] is not None, paths=paths, source=path), states
 
     return index.opened(root, f"list {split} {os.path.realpath(path)}", make)
 
@@ -192,7 +192,11 @@ def open_shards(root: str, split: str, paths: list[str], names: Callable, kind: 
                     )
             return found
     make = functools.partial(scan_shards, root, paths, names, settings.get("classes"))
-    return index.opened(root, "\0".join([kind, split, *paths]), make)
+    found = index.opened(root, "\0".join([kind, split, *paths]), make)
+    packed = settings.get("images", len(found))
+    if packed != len(found):  # the last ones are missing, or the packing goes on
+        distributed.warn(f"{around}: its {split} shards hold {len(found)} of the {packed} images of {split}.pack.json")
+    return found
 
 
 def scan_shards(root: str, paths: list[str], names: Callable, classes: list[str] | None = None) -> tuple[Index, list]:
@@ -209,10 +213,12 @@ def scan_shards(root: str, paths: list[str], names: Callable, classes: list[str]
         i = labels.index(None)
         raise UserError(f"{os.path.join(root, owners[i])}: {images[i].name} has no label, unlike others")
     if classes and labels[0] is not None:
-        try:
-            labels = [classes[int(label)] for label in labels]
-        except (ValueError, LookupError) as error:
-            raise UserError(f"{os.path.join(root, paths[0])}: a label is none of its {len(classes)} classes") from error
+        known = {str(number): name for number, name in enumerate(classes)}
+        odd = [(owner, label) for owner, label in zip(owners, labels) if label not in known]
+        if odd:
+            owner, label = odd[0]
+            raise UserError(f"{os.path.join(root, owner)}: its label {label} is none of the {len(classes)} classes")
+        labels = [known[label] for label in labels]
     numbers = {path: i for i, path in enumerate(paths)}
     spans = [(numbers[path], image.start, image.count) for path, image in zip(owners, images)]
     whole = [os.path.join(root, path) for path in owners]

@@ -106,9 +106,9 @@ def parse() -> argparse.Namespace:
 def run(process: Process, args: argparse.Namespace) -> None:
     """Find the neighbours, and write the page."""
     datasets.fetch(args, process)
-    train = features.load_split(args, "train")
+    train = datasets.load(args, "train", labelled=False)
     try:
-        val = features.load_split(args, "val", bool(train.classes))
+        val = datasets.load(args, "val", labelled=False)
     except UserError as error:
         say(f"{'val':18} {error}: training images are compared among themselves")
         val = None

@@ -257,6 +257,8 @@ def check_data(args: argparse.Namespace) -> None:
         named = [name for name in DATASETS if name not in LAYOUTS]
         raise UserError(f"--download: name what to fetch with --dataset {{{','.join(named)}}}")
     for flag, path in (("--train-list", args.train_list), ("--val-list", args.val_list)):
+        if path == "":
+            raise UserError(f"{flag} '': must name a list")
         if path is not None and args.dataset != "imagefolder":
             raise UserError(f"{flag} {path}: lists files of one's own; --dataset {args.dataset} does without")
 

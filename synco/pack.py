@@ -36,7 +36,7 @@ class Stored:
     """
 
     def __init__(self, args: argparse.Namespace, split: str):
-        self.images = datasets.load(args, "pretrain" if split == "train" else split)
+        self.images = datasets.load(args, split, labelled=False)
         if not self.images.has_bytes():
             raise UserError(f"--dataset {args.dataset}: its images are not files, and --cache-images holds them anyway")
         self.names, self.classes = list(self.images.names), self.images.classes
@@ -78,9 +78,26 @@ def shortened(content: bytes, name: str, side: int, quality: int) -> bytes:
         return encoded.getvalue()
 
 
-def pack(args: argparse.Namespace, split: str) -> None:
-    """Write the shards of a split and what goes beside them; those that are there already stay."""
+def source_of(args: argparse.Namespace, split: str) -> Stored | parquet.Source:
+    """What is to be packed of a split. Raises UserError where there is nothing, or not what a shard can hold."""
     source = parquet.Source(args.data, split) if parquet.files_of(args.data, split) else Stored(args, split)
+    for name in source.names:
+        if not index.is_image(name) or name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"{args.data}: {name!r} can be no image's name in a shard: .jpg, .png or so at the end")
+    return source
+
+
+def splits_of(args: argparse.Namespace) -> list[str]:
+    """The splits that are to be packed: those that --splits names, or train, and val if it is there."""
+    if args.splits:
+        return args.splits
+    found = args.dataset not in ("imagefolder", "shards") or args.val_list is not None
+    found = found or os.path.isdir(os.path.join(args.data, "val")) or layouts.files_of(args.data, "val")
+    return ["train", "val"] if found or parquet.files_of(args.data, "val") else ["train"]
+
+
+def pack(args: argparse.Namespace, split: str, source: Stored | parquet.Source) -> None:
+    """Write the shards of a split and what goes beside them; those that are there already stay."""
     count, out = len(source.names), args.out
     expected = records.of_names(args.data, source.names, labelled=bool(source.classes)).checksum()
     settings = {"images": count, "images_per_shard": args.images_per_shard, "names_crc32": expected}
@@ -88,7 +105,7 @@ def pack(args: argparse.Namespace, split: str) -> None:
     settings |= {"quality": args.quality if args.short_side else None}
     shards = [f"{split}-{i:06}.tar" for i in range(-(-count // args.images_per_shard))]
     files.make_folders(out)
-    with files.FolderLock(out, patience=0):
+    with files.FolderLock(out, patience=0, flag="OUT"):
         _claim(out, split, settings, shards)
         digests = _write_shards(args, split, source, shards)
         found, _ = layouts.scan_shards(out, shards, layouts.generic_names, source.classes)
@@ -101,7 +118,8 @@ def pack(args: argparse.Namespace, split: str) -> None:
         except OSError as error:
             raise Failure(f"{out}: cannot be written ({error.strerror})") from error
     size = sum(found.sizes.tolist()) / 1e9
-    distributed.say(f"{split}: {count} images in {len(shards)} shards, {size:.2f} GB, in {out}, from {shards[0]} on")
+    images = f"{count} images" + ("" if source.classes else " without labels")
+    distributed.say(f"{split}: {images} in {len(shards)} shards, {size:.2f} GB, in {out}, from {shards[0]} on")
 
 
 def _write_shards(args, split, source, shards):
@@ -182,7 +200,9 @@ def verify(folder: str) -> None:
         raise UserError(f"{folder}: has no train.sha256 or val.sha256, which a packing ends with")
     for name in lists:
         text = os.fsdecode(layouts.content_of(os.path.join(folder, name)))
-        lines = [line.split("  ", 1) for line in text.splitlines()]
+        lines = re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.M)
+        if not lines or len(lines) != len(text.splitlines()):
+            raise UserError(f"{os.path.join(folder, name)}: is no list of checksums, such as a packing ends with")
         bad = []
         for digest, shard in lines:
             path = os.path.join(folder, shard)
@@ -203,7 +223,7 @@ def parse() -> argparse.Namespace:
     flag("--dataset", default="imagefolder", choices=(*options.LAYOUTS, "imagenette", "caltech256"), help="of SOURCE")
     flag("--train-list", metavar="FILE", help="list of the train images, as the programs take it")
     flag("--val-list", metavar="FILE", help="list of the val images")
-    flag("--splits", nargs="+", default=["train", "val"], choices=("train", "val"), help="what to pack")
+    flag("--splits", nargs="+", choices=("train", "val"), help="what to pack (unset: train, and val if it is there)")
     flag("--images-per-shard", default=10_000, type=number(int, 1), help="images in a shard; the last has fewer")
     flag("--short-side", type=number(int, 8, options.LARGEST), metavar="PIXELS", help="re-encode larger images as JPEG "
          "with this many pixels at the shorter side (unset: their bytes are copied)")  # fmt: skip
@@ -221,8 +241,9 @@ def run(args: argparse.Namespace) -> None:
     """Pack, or verify what was packed."""
     if args.verify:
         return verify(args.data)
-    for split in args.splits:
-        pack(args, split)
+    sources = {split: source_of(args, split) for split in splits_of(args)}  # all, before anything is written
+    for split, source in sources.items():
+        pack(args, split, source)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Source:
                 self.image, label, self.classes = _columns(path, file.schema_arrow)
                 columns = [f"{self.image}.path"] + [label] * bool(label)
                 rows = file.read(columns=columns).to_pylist()
-            paths += [row[self.image]["path"] for row in rows]
+            paths += [(row[self.image] or {}).get("path") for row in rows]
             numbers += [row[label] for row in rows] if label else []
             self.starts.append(len(paths))
         plain = [path or f"{i:09}.jpg" for i, path in enumerate(paths)]
@@ -44,7 +44,11 @@ class Source:
             self.names, self.classes, self.labels = paths, [], [0] * len(paths)
             return
         else:
-            labels = [self.classes[n].replace("/", "_") if self.classes else str(n) for n in numbers]
+            names = dict(enumerate(self.classes)) or {n: str(n) for n in numbers if n is not None}
+            odd = set(numbers) - names.keys()
+            if odd:
+                raise UserError(f"{self.paths[0]}: its label {odd.pop()} is none of its classes'")
+            labels = [names[n].replace("/", "_") for n in numbers]
             self.names = layouts.names_of(paths, labels, self.paths[0])
         self.classes = sorted(set(labels))
         number = {label: i for i, label in enumerate(self.classes)}
@@ -60,7 +64,10 @@ class Source:
                         if first < stop and first + count > start:
                             column = file.read_row_group(group, columns=[f"{self.image}.bytes"]).column(self.image)
                             for row in column[max(0, start - first) : stop - first]:
-                                yield row["bytes"].as_py()
+                                content = row.as_py()
+                                if not content or content["bytes"] is None:
+                                    raise UserError(f"{path}: an image has no bytes in it, but at most a path")
+                                yield content["bytes"]
                         first += count
 
 

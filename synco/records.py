@@ -116,18 +116,24 @@ def _string(offsets, content, i):
 
 
 def of_names(
-    root: str, names: Sequence[str], *, labelled: bool = True, paths: Sequence[str] = (), spans: Sequence = ()
+    root: str,
+    names: Sequence[str],
+    *,
+    labelled: bool = True,
+    paths: Sequence[str] = (),
+    spans: Sequence = (),
+    source: str | None = None,
 ) -> Index:
     """The `Index` of images with these names, in any order. paths: one for each, or with `spans` the files of those.
 
-    Raises UserError that counts and names those that come twice.
+    source: what messages name in place of root. Raises UserError that counts and names those that come twice.
     """
     keys = [(name.rpartition("/")[0].partition("/")[0], *name.rpartition("/")[::2]) for name in names]
     order = sorted(range(len(names)), key=keys.__getitem__)
     names, heads = [names[i] for i in order], [keys[i][0] for i in order]
     twice = [name for name, following in zip(names, names[1:]) if name == following]
     if twice:
-        raise UserError(f"{root}: {len(twice)} images have the name of another, such as {twice[0]}")
+        raise UserError(f"{source or root}: {len(twice)} images have the name of another, such as {twice[0]}")
     counts = collections.Counter(heads)  # in the order of the names
     offsets, files = joined(name[len(head and f"{head}/") :] for name, head in zip(names, heads))
     starts = np.cumsum([0, *counts.values()], dtype=np.int64)

@@ -1,6 +1,7 @@
 """The evaluation's table against NumPy from the stored features, in one process and in several."""
 
 import json
+import shutil
 import unittest.mock
 
 import numpy as np
@@ -139,6 +140,13 @@ def test_classes_without_images(programs, pretrained, many):
     """Two images are of two classes at most."""
     status, out, _ = programs("synco.evaluate", pretrained, many, *FLAGS, "--limit-images", 2)
     assert status == 0 and "train classes      1 of 3 have no images: c2" in out
+
+
+def test_without_labels(programs, pretrained, many, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(many / split / "c1", tmp_path / split)
+    status, out, err = programs("synco.evaluate", pretrained, tmp_path, *FLAGS)
+    assert (status, err) == (0, "") and "20 to train, 7 to validate, without labels: no accuracies" in out
 
 
 @pytest.mark.parametrize(

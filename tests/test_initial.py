@@ -184,6 +184,7 @@ def test_bad_weights(weights, data, tmp_path, program):
         (["--init-from", tmp_path / "torn.safetensors"], "torn.safetensors: not a whole .safetensors file ("),
         (["--init-from", path, "-a", "resnet18"], f"is a checkpoint of '{ARCH}'; --arch is 'resnet18'"),
         (["--init-from", path, "--resume", "x.tar"], f"--init-from {path} begins a run, and --resume x.tar goes on"),
+        (["--init-from", ""], "--init-from '': must name weights"),
         (["--init-from", "torchvision:IMAGENET1K_V7"], f"torchvision's weights of {ARCH} are IMAGENET1K_V1, DEFAULT"),
     ):
         status, out, err = program(*SMALL, *flags, "--save-dir", tmp_path / "r", data)

@@ -97,6 +97,9 @@ def test_a_folder_with_val_alone_is_not_taken_for_photographs(tmp_path):
     forms.put(tmp_path / "val" / "a" / "1.jpg")
     with pytest.raises(UserError, match="has no folder 'train' in it; it should hold train/CLASS/IMAGE"):
         datasets.load(flags(tmp_path, "imagefolder"), "pretrain")
+    os.rename(tmp_path / "val", tmp_path / "photos")
+    with pytest.raises(UserError, match="has no folder 'val' in it; it should hold val/CLASS/IMAGE"):
+        datasets.load(flags(tmp_path, "imagefolder"), "val", labelled=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: holds no images"):
         datasets.load(flags(tmp_path / "empty", "imagefolder"), "pretrain")
@@ -143,7 +146,7 @@ def test_lists(photos, text, names):
     "text, message",
     [
         ("train/a/1.jpg\ntrain/a/9.jpg\ntrain/c/1.jpg\n", "2 of its 3 images are not in .*: train/a/9.jpg is first"),
-        ("train/a/1.jpg\ntrain/a/2.jpg\ntrain/a/1.jpg\n", "1 images have the name of another, such as a/1.jpg"),
+        ("train/a/1.jpg\ntrain/a/2.jpg\ntrain/a/1.jpg\n", "list: 1 images have the name of another, such as a/1.jpg"),
         ("train/a/1.jpg,a\ntrain/a/2.jpg\n", "line 2 has no label, unlike the first"),
         ("train/a/1.jpg\ntrain/a/2.jpg,a\n", "line 2 has a label, unlike the first"),
         ("train/a/1.jpg,a,b\n", "line 1, 'train/a/1.jpg,a,b', is not a path, or a path and a label"),
@@ -169,9 +172,24 @@ def test_two_lists_have_labels_or_none(photos):
         layouts.listed(str(photos), "train", str(photos / "gone.txt"))
 
 
+@pytest.mark.parametrize("dataset", ["imagenet", "shards"])
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch, dataset):
+    forms.folder(tmp_path)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path}/train: cannot be read .Permission denied"):
+        datasets.load(flags(tmp_path, dataset), "train")
+
+
 def test_a_list_goes_with_files_of_ones_own(program, tmp_path):
     status, _, err = program(*SMALL, "--dataset", "cifar10", "--train-list", "x.txt", tmp_path)
     assert status == 2 and "--train-list x.txt: lists files of one's own; --dataset cifar10 does without" in err
+    status, _, err = program(*SMALL, "--val-list", "", tmp_path)  # of a variable that is not set
+    assert status == 2 and "--val-list '': must name a list" in err
 
 
 # ------------------------------------------------------------------------------------------------------------ shards

@@ -190,12 +190,11 @@ def test_without_val(programs, pretrained, many, tmp_path):
 
 
 def test_a_folder_without_classes(programs, pretrained, many, tmp_path):
-    (tmp_path / "d" / "train").mkdir(parents=True)
-    for path in (many / "train" / "c1").iterdir():
-        shutil.copy(path, tmp_path / "d" / "train")
-    status, _, err = programs("synco.look", pretrained, tmp_path / "d", *FLAGS, "-o", tmp_path / "page.html", "-n", 2)
-    found = Page(tmp_path / "page.html")
-    assert status == 0 and len(found.of("Nearest")) == 18 and not found.of("Most confused"), err
+    shutil.copytree(many / "train" / "c1", tmp_path / "train")
+    for data in (tmp_path, tmp_path / "train"):  # DATA/train, and DATA itself
+        status, _, err = programs("synco.look", pretrained, data, *FLAGS, "-o", tmp_path / "page.html", "-n", 2)
+        found = Page(tmp_path / "page.html")
+        assert status == 0 and len(found.of("Nearest")) == 18 and not found.of("Most confused"), err
 
 
 def test_a_page_that_would_be_too_large(programs, pretrained, many, tmp_path, monkeypatch):

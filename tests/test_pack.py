@@ -87,6 +87,30 @@ def test_parquet_without_images_is_refused(tmp_path, packing, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "cell, label, message",
+    [
+        ({"bytes": None, "path": "1.jpg"}, 1, "an image has no bytes in it, but at most a path"),
+        (None, 1, "an image has no bytes in it, but at most a path"),
+        ({"bytes": b"x", "path": "1.jpg"}, -1, "its label -1 is none of its classes'"),
+        ({"bytes": b"x", "path": "1.jpg"}, None, "its label None is none of its classes'"),
+        ({"bytes": b"x", "path": "1.tensor"}, 1, "'b/1.tensor' can be no image's name in a shard"),
+        ({"bytes": b"x", "path": "../1.jpg"}, 1, "'b/../1.jpg' can be no image's name in a shard"),
+    ],
+)
+def test_parquet_that_lacks_something_is_refused(tmp_path, packing, cell, label, message):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "hf").mkdir()
+    cells = [{"bytes": b"x", "path": "0.jpg"}, cell]
+    names = {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
+    table = pyarrow.table({"image": cells, "label": [0, label]})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
+    parquet.write_table(table, tmp_path / "hf" / "train-0.parquet")
+    status, _, err = packing(flags(tmp_path / "hf", "imagefolder"), tmp_path / "out")
+    assert status == 2 and message in err and err.count("\n") == 1, err
+
+
 def test_other_tools_read_the_shards(tmp_path, packing):
     args = held("folder", tmp_path / "data")
     packing(args, tmp_path / "out")
@@ -158,6 +182,10 @@ def test_verify_names_what_has_changed(tmp_path, packing, tool):
     path.unlink()
     status, _, err = tool(pack, "--verify", tmp_path / "out")
     assert status == 2 and "such as train-000001.tar (missing)" in err
+    for text in ("", "no checksum\n", "0123  train-000000.tar\n"):
+        (tmp_path / "out" / "train.sha256").write_text(text)
+        status, _, err = tool(pack, "--verify", tmp_path / "out")
+        assert status == 2 and "train.sha256: is no list of checksums" in err and err.count("\n") == 1
     assert tool(pack, "--verify", tmp_path / "data")[0] == 2
     assert tool(pack, "--verify", tmp_path / "out", "again")[0] == 2 and tool(pack, tmp_path / "out")[0] == 2
 
@@ -174,6 +202,10 @@ def test_a_shard_that_has_changed_since_is_refused(tmp_path, packing, capsys):
     capsys.readouterr()
     assert len(datasets.load(flags(tmp_path / "out", "shards"), "train")) == 19
     assert "train-000001.tar is missing from the sequence" in capsys.readouterr().err
+    path.write_bytes(whole)
+    (tmp_path / "out" / "train-000004.tar").unlink()  # the last, which leaves no gap
+    assert len(datasets.load(flags(tmp_path / "out", "shards"), "train")) == 20
+    assert "its train shards hold 20 of the 24 images of train.pack.json" in capsys.readouterr().err
 
 
 def test_shards_without_their_index_are_scanned_to_the_same(tmp_path, packing):
@@ -217,6 +249,17 @@ def test_an_image_that_cannot_be_shortened_is_named(tmp_path, packing):
     assert packing(args, tmp_path / "copied", "--splits", "train")[0] == 0  # its bytes are nobody's business
 
 
+def test_what_is_not_to_be_packed_is_said_before_anything_is_written(tmp_path, packing):
+    for name in ("1.jpg", "2.jpg", "3.unknown"):
+        forms.put(tmp_path / "data" / name, b"")
+    (tmp_path / "list").write_text("1.jpg\n3.unknown\n")
+    (tmp_path / "good").write_text("1.jpg\n2.jpg\n")
+    args = flags(tmp_path / "data", "imagefolder", train_list=tmp_path / "good", val_list=tmp_path / "list")
+    status, _, err = packing(args, tmp_path / "out")
+    assert status == 2 and "data: '3.unknown' can be no image's name in a shard" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_has_an_eta(tmp_path, packing, monkeypatch):
     import time
 
@@ -231,8 +274,8 @@ def test_unlabelled_images_and_odd_names(tmp_path, packing):
     for name in ("x.y.jpg", "é/ü 100%.png", "deep/er/.hidden.jpg"):
         forms.put(tmp_path / "data" / name, forms.jpeg(len(name)))
     args = flags(tmp_path / "data", "imagefolder")
-    status, _, err = packing(args, tmp_path / "out", "--splits", "train")
-    assert status == 0, err
+    status, out, err = packing(args, tmp_path / "out")  # there is no val
+    assert status == 0 and "train: 3 images without labels in 1 shards" in out and "val" not in out, err
     before, after = datasets.load(args, "pretrain"), datasets.load(flags(tmp_path / "out", "shards"), "pretrain")
     assert list(before.names) == list(after.names) and after.classes == [] and after.checksum() == before.checksum()
     assert [after.content(i) for i in range(3)] == [before.content(i) for i in range(3)]
