@@ -1,5 +1,6 @@
 """The study of CIFAR-10, on the tests' images: that it runs, goes on, and says what its runs have measured."""
 
+import concurrent.futures
 import dataclasses
 import importlib
 import importlib.util
@@ -16,7 +17,9 @@ import pytest
 from conftest import ARCH, ROOT
 
 from benchmarks.cifar10 import report, study
+from benchmarks.cifar10.programs import Ended, Programs, Stopped, TimeOver
 from synco import options
+from synco.distributed import usable_cpus
 from synco.negatives import KINDS, TYPES
 
 TINY = study.Scale(
@@ -35,12 +38,15 @@ def small(monkeypatch, data, tmp_path, programs):
     monkeypatch.setitem(study.SCALES, "cpu", TINY)
     monkeypatch.setattr(study, "HERE", str(tmp_path))
 
-    def run(*flags, fail_at=None):
+    def run(*flags, fail_at=None, stop_at=None):
         started = []
 
         def start(self, words, log):
             if len(started) == fail_at:
                 raise study.Ended("interrupted")
+            if len(started) == stop_at:
+                assert self.stopped.wait(60)
+                raise Stopped
             started.append(list(map(str, words)))
             status, _, err = programs(words[0].removesuffix(".py"), *words[1:])
             assert status == 0, err
@@ -143,7 +149,7 @@ def test_all_methods_run_alike_but_for_their_negatives(tmp_path, monkeypatch, da
         if "timm:" in scale.common:
             pytest.importorskip("timm")
         started, words = [], {}
-        programs = types.SimpleNamespace(start=lambda given, log, started=started: started.append(given))
+        programs = types.SimpleNamespace(start=lambda given, log, started=started: started.append(given), cores=3)
         for method in pretrained:
             args = types.SimpleNamespace(out=str(tmp_path / name), dataset="imagefolder", data=str(data))
             study.run(args, scale, programs, method, 1)
@@ -159,6 +165,8 @@ def test_all_methods_run_alike_but_for_their_negatives(tmp_path, monkeypatch, da
                     args = importlib.import_module(program.removesuffix(".py")).parse()
                     vars(args).update(options.resolve_image_settings(args))
                     assert (args.img_size, args.stats, args.seed) == (32, "cifar10", 1)
+                    # runs that share a GPU have their part of the cores, and lose at most a minute
+                    assert (args.workers, args.save_minutes) == (3, 1) if name == "gpu" else args.workers == 0
                     parsed.setdefault((program, dataset, getattr(args, "train_percent", 0)), []).append(vars(args))
         counts = ["n1", "n2", "n3", "n4", "n5", "n6", "n_copied"]
         for group in parsed.values():
@@ -246,10 +254,74 @@ def test_a_study_that_is_told_to_stop_takes_its_programs_along(data, tmp_path):
     assert "Told to stop: " in log.read_text() and log.read_text().endswith(" s, status 75\n")
 
 
+def test_a_study_in_pieces(small, tmp_path, capsys):
+    """When its time is over it ends with a line and a status of its own; called again it goes on."""
+    pytest.importorskip("matplotlib")
+    flags = ["--methods", "mocov2,random", "--seeds", "0"]
+    with pytest.raises(SystemExit) as end:
+        small(*flags, "--minutes", 0.001, stop_at=1)
+    assert end.value.code == 75 and not (tmp_path / "cpu.json").exists()
+    told = "study.py: 0.001 minutes are over, 0 of 2 runs are done; the same command goes on\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert len(small(*flags, "--minutes", 10)) == 2 + 3 - 1 and (tmp_path / "cpu.json").exists()
+
+
+PATIENT = """
+import signal, sys, time
+if int(sys.argv[1]) > 0:
+    signal.signal(signal.SIGTERM, lambda *_: print("told to stop") or sys.exit(int(sys.argv[1])))
+open(sys.argv[2], "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "status, error, told",
+    [
+        (75, TimeOver, "3 minutes are over, 1 of 4 runs are done; the same command goes on"),
+        (-15, TimeOver, "3 minutes are over, 1 of 4 runs are done; the same command goes on"),
+        (3, Ended, "patient.py ended with status 3: told to stop "),
+    ],
+)
+def test_programs_are_stopped_when_the_time_is_over(tmp_path, monkeypatch, status, error, told):
+    """Those that have saved, or had not begun, have not failed; those that end otherwise have; no other is started."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    programs, waited = Programs(2, on_cpu=False), []
+
+    def over(calls, seconds, when):
+        """The time is over as soon as two programs are at work."""
+        waited.append(seconds)
+        while not all((tmp_path / f"started{i}").exists() for i in (1, 2)):
+            assert not any(call.done() and call.exception() for call in calls)
+            time.sleep(0.01)
+
+    def task(i):
+        if i:
+            log = str(tmp_path / f"{i}.txt")
+            programs.start([tmp_path / "patient.py", status, tmp_path / f"started{i}"], log)
+
+    monkeypatch.setattr(concurrent.futures, "wait", over)
+    with pytest.raises(error, match=told):
+        programs.all(task, [(i,) for i in range(4)], minutes=3)
+    assert waited == [180] and not (tmp_path / "3.txt").exists()
+    assert (tmp_path / "1.txt").read_text().endswith(f" s, status {status}\n")
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_programs_share_the_cores(on_cpu, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for jobs in (1, 2, 10_000):
+        programs = Programs(jobs, on_cpu=on_cpu)
+        assert programs.cores == int(programs.environment["OMP_NUM_THREADS"]) == max(1, usable_cpus() // jobs)
+        assert programs.environment.get("CUDA_VISIBLE_DEVICES") == ("" if on_cpu else None)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ("--scale cpu --jobs 0 x", "--jobs 0: must be 1 or more"),
+        ("--scale cpu --minutes 0 x", "argument --minutes: '0' is not a number > 0"),
+        ("--scale cpu --minutes nan x", "argument --minutes: 'nan' is not a number > 0"),
         ("--scale cpu --seeds 0,a x", "'0,a' are not whole numbers >= 0 with commas, such as 0,1,2"),
         ("--scale cpu --seeds=-1 x", "'-1' are not whole numbers"),
         ("--scale cpu --dataset imagefolder nowhere", "nowhere: no such folder"),

@@ -10,6 +10,7 @@ import threading
 import time
 
 from synco.distributed import usable_cpus
+from synco.errors import PREEMPTED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -18,39 +19,59 @@ class Ended(Exception):
     """What ends the study, in one line."""
 
 
+class TimeOver(Exception):
+    """What ends the study for this time, in one line."""
+
+
+class Stopped(Exception):
+    """Raised by `Programs.start` where a program was told to stop, or was not started for that reason."""
+
+
 class Programs:
-    """`jobs` programs at a time; on_cpu: without GPUs, the cores shared among them."""
+    """`jobs` programs at a time, each with its share of the cores, `cores`; on_cpu: without GPUs."""
 
     def __init__(self, jobs, *, on_cpu):
         self.jobs, self.running, self.stopped = jobs, set(), threading.Event()
-        self.environment = dict(os.environ)
+        self.cores = max(1, usable_cpus() // jobs)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(self.cores)}
         if on_cpu:
-            threads = max(1, usable_cpus() // jobs)
-            self.environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+            self.environment["CUDA_VISIBLE_DEVICES"] = ""
 
-    def all(self, what, tasks):
+    def all(self, what, tasks, minutes=None):
         """Call what(*task) for every task.
 
-        Raises Ended where one fails, or at Ctrl-C and SIGTERM: programs that are running save and stop, and no other is
-        started.
+        Raises Ended where one fails, or at Ctrl-C and SIGTERM, and TimeOver after that many minutes: programs that are
+        running save and stop, and no other is started.
         """
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before, interrupted = signal.signal(signal.SIGTERM, signal.default_int_handler), False
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            calls = [pool.submit(what, *task) for task in tasks]
             try:
-                list(pool.map(lambda task: what(*task), tasks))
-            except (Ended, KeyboardInterrupt) as error:
+                concurrent.futures.wait(calls, minutes and 60 * minutes, concurrent.futures.FIRST_EXCEPTION)
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
                 self.stopped.set()
                 for process in list(self.running):
                     process.terminate()
                 pool.shutdown(cancel_futures=True)
-                raise Ended(f"{str(error) or 'interrupted'}; the same command goes on") from error
-            finally:
                 signal.signal(signal.SIGTERM, before)
+        if interrupted:
+            raise Ended("interrupted; the same command goes on")
+        errors = [Stopped() if call.cancelled() else call.exception() for call in calls]
+        for error in errors:
+            if isinstance(error, Ended):
+                raise Ended(f"{error}; the same command goes on") from error
+            if error and not isinstance(error, Stopped):
+                raise error
+        if any(errors):
+            done = f"{errors.count(None)} of {len(errors)} runs are done"
+            raise TimeOver(f"{minutes:g} minutes are over, {done}; the same command goes on")
 
     def start(self, words, log):
-        """Run a program to its end; its output goes to the end of `log`. Raises Ended if it fails."""
+        """Run a program to its end; its output goes to the end of `log`. Raises Ended if it fails, or Stopped."""
         if self.stopped.is_set():
-            raise Ended("interrupted")
+            raise Stopped
         os.makedirs(os.path.dirname(log), exist_ok=True)
         command, began = [sys.executable, os.path.join(ROOT, words[0]), *map(str, words[1:])], time.time()
         with open(log, "a") as file:
@@ -62,6 +83,8 @@ class Programs:
             status = process.wait()
             self.running.discard(process)
             print(f"# {time.time() - began:.0f} s, status {status}", file=file)
+        if self.stopped.is_set() and status in (PREEMPTED, -signal.SIGTERM):  # the latter while it was starting
+            raise Stopped
         if status:
             with open(log) as file:
                 told = [line.strip() for line in file if line.strip()][-2]

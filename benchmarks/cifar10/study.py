@@ -6,7 +6,9 @@
 
 DATA is where torchvision keeps CIFAR-10, which is downloaded there if it is not; with --dataset imagefolder a folder
 train/CLASS/IMAGE, val/CLASS/IMAGE. Each method and seed is a pretraining with main_synco.py, then the evaluations that
-the scale has, from its last checkpoint. The same command goes on after an interruption.
+the scale has, from its last checkpoint. The same command goes on after an interruption; in pieces of ten minutes:
+
+  until python benchmarks/cifar10/study.py --minutes 10 DATA; do [ $? = 75 ] || break; done
 
 Runs are kept below --out. Results, figure and README.md are written beside this file; the figure needs matplotlib.
 """
@@ -24,12 +26,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))  # of results, figure and READ
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 
 from benchmarks.cifar10 import report, results  # noqa: E402
-from benchmarks.cifar10.programs import ROOT, Ended, Programs  # noqa: E402
+from benchmarks.cifar10.programs import ROOT, Ended, Programs, TimeOver  # noqa: E402
 from synco import datasets, distributed, files, methods, metrics  # noqa: E402
 from synco.distributed import usable_cpus  # noqa: E402
-from synco.errors import UserError  # noqa: E402
+from synco.errors import PREEMPTED, UserError  # noqa: E402
 from synco.files import read_json  # noqa: E402
 from synco.negatives import TYPES  # noqa: E402
+from synco.options import LONGEST, number  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,10 @@ def fine_tuning(percent, flags):
 
 SCALES = {
     "gpu": Scale(
-        common="-a resnet18 --stem cifar --img-size 32 --stats cifar10 --amp bf16 --channels-last --cache-images",
+        common="-a resnet18 --stem cifar --img-size 32 --stats cifar10 --amp bf16 --channels-last --cache-images "
+        "--save-minutes 1",
         pretrain="--epochs 200 -b 512 --lr 0.06 --wd 5e-4 --cos --bn-splits 8 --moco-k 4096 --moco-m 0.99 --moco-t 0.1 "
-        "--aug-plus --crop-scale 0.08,1 --augment-on device --warmup-epochs 10 --knn-freq 10 --save-freq 10 "
-        "--save-minutes 2 --keep 1",
+        "--aug-plus --crop-scale 0.08,1 --augment-on device --warmup-epochs 10 --knn-freq 10 --save-freq 10 --keep 1",
         evaluations={
             "probe": "main_lincls.py --epochs 50 -b 512 --lr 0.03 --schedule 30 40 --val-freq 10",
             "semi1": fine_tuning(1, "--epochs 60 -b 128 --lr-classifier 0.02 --val-freq 20"),
@@ -90,13 +93,16 @@ def main():
         if not args.report_only:
             prepare(args)
             tasks = [(method, seed) for seed in args.seeds for method in args.methods]
-            programs.all(lambda method, seed: run(args, scale, programs, method, seed), tasks)
+            programs.all(lambda method, seed: run(args, scale, programs, method, seed), tasks, args.minutes)
         found = results.gather(args.out, METHODS, scale.evaluations)
         found = {"command": command(args, found)} | found
         report.draw(os.path.join(HERE, f"{args.scale}.png"), found)
         files.write_json(os.path.join(HERE, f"{args.scale}.json"), found)
         print(report.accuracies(found), report.differences(found), sep="\n\n")
         report.write(HERE)
+    except TimeOver as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except (Ended, UserError) as error:
         sys.exit(f"study.py: {error}")
     except OSError as error:
@@ -111,7 +117,10 @@ def parse():
     flag("--scale", default="gpu", choices=SCALES, help="size of the study (default: gpu)")
     flag("--seeds", type=seeds, default=[0, 1, 2, 3, 4], help="of the runs (default: 0,1,2,3,4)")
     flag("--methods", type=names, default=METHODS, help=f"of {','.join(METHODS)} (default: all)")
-    flag("--jobs", type=int, help="runs at the same time (default: 1, and on a CPU as many as it has cores)")
+    flag("--jobs", type=int, help="runs at the same time, which share the GPU, too; how many are fastest there is not "
+         "measured (default: 1, and on a CPU as many as it has cores)")  # fmt: skip
+    flag("--minutes", type=number(float, high=LONGEST, above=0), help="end after that many: the runs save and stop, "
+         "which takes some seconds more, the status is 75, and the same command goes on (default: none)")  # fmt: skip
     flag("--out", metavar="FOLDER", help="folder for the runs (default: runs/cifar10-SCALE)")
     flag("--report-only", action="store_true", help="start nothing; write up the runs that are finished")
     args = parser.parse_args()
@@ -189,6 +198,8 @@ def run(args, scale, programs, method, seed):
     """Pretraining and evaluations of one method and seed, as far as they are not done."""
     folder = os.path.join(args.out, f"{method}-{seed}")
     common = [*scale.common.split(), "--seed", seed, "--resume", "auto", "--dataset", args.dataset, args.data]
+    if "-j" not in common:
+        common = ["-j", programs.cores, *common]
     weights, save_dir = "random", os.path.join(folder, "pretrain")
     if method != "random":
         if not results.pretrained(folder):
