@@ -21,7 +21,7 @@ def note(step: Step, logits: torch.Tensor, model: SynCo, counts: dict[str, int],
     """
     seen, K = model.inspection, model.K
     step.note(**hardness(logits, counts, K=K, T=model.T, n_hard=model.n_hard), **leakage(logits, counts, K=K))
-    step.note(**measures.signs_of_collapse(seen.q))
+    step.notes.count(measures.signs_of_collapse, seen.q)  # of its singular values a device would make the host wait
     with full_precision(logits.device):
         step.note(**directions(gradient_parts(logits, seen, counts, T=model.T)))
     if seen.index is not None:

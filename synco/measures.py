@@ -78,15 +78,15 @@ def collapse_in_words(spread: float, rank: float, width: int) -> str:
 
 
 @torch.no_grad()
-def signs_of_collapse(q: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far a batch's embeddings are from collapse: q (N, C) unit rows → 0-dim tensors.
+def signs_of_collapse(q: torch.Tensor) -> dict[str, float]:
+    """How far a batch's embeddings are from collapse: q (N, C) unit rows, on the host; NaN where they are not finite.
 
     "spread": the standard deviation in a dimension, on average, times √C: 0 where all rows are the same, 1 where they
     lie all over the sphere (SimSiam, arXiv 2011.10566, sec. 4.1); "effective_rank": see there.
     """
-    width = q.shape[1] ** 0.5
-    rank = effective_rank(q.nan_to_num(0, 0, 0))  # svdvals refuses what is not finite, which the run itself will tell
-    return {"spread": q.std(dim=0, correction=0).mean() * width, "effective_rank": rank}
+    spread = q.std(dim=0, correction=0).mean() * q.shape[1] ** 0.5
+    rank = effective_rank(q) if spread.isfinite() else spread  # there are no singular values of NaN
+    return {"spread": spread.item(), "effective_rank": rank.item()}
 
 
 class Collapse:

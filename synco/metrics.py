@@ -81,7 +81,7 @@ class Notes:
         self.numbers |= numbers
 
     def count(self, function: Callable[..., dict[str, float]], *tables: torch.Tensor) -> None:
-        """function: what the host makes of these tables, tensors of whole numbers on the device → {name: number}."""
+        """function: what the host makes of these tables, tensors on the device → {name: number}."""
         self.counts.append((function, tables))
 
     def read(self, **others: torch.Tensor) -> tuple[dict[str, float], dict[str, Any]]:
@@ -94,7 +94,7 @@ class Notes:
         read = {name: next(parts).reshape(tensor.shape).tolist() for name, tensor in others.items()}
         found = {name: next(parts).item() for name in self.numbers}
         for function, tables in self.counts:
-            found |= function(*(torch.from_numpy(next(parts)).view(table.shape).long() for table in tables))
+            found |= function(*(torch.from_numpy(next(parts)).view(table.shape).to(table.dtype) for table in tables))
         return found, read
 
 

@@ -28,15 +28,19 @@ S = sum(COUNTS.values())
 
 
 class SameKind(TorchDispatchMode):
-    """Refuses products of two dtypes, and indices on the CPU of what is on the GPU, for which the host would wait."""
+    """Refuses products of two dtypes, and what the host would wait for: indices on the CPU of what is on the GPU, and
+    decompositions, whose convergence it looks at.
+    """
 
     PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.convolution)
     INDEXED = (aten.index, aten.index_put, aten.index_put_)
+    DECOMPOSED = (aten._linalg_svd, aten._linalg_eigh, aten.linalg_qr)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         if function.overloadpacket in self.PRODUCTS:
             assert len({x.dtype for x in tensors}) == 1, (function, [x.dtype for x in tensors])
+        assert function.overloadpacket not in self.DECOMPOSED, function
         if function.overloadpacket in self.INDEXED:
             assert len({x.device for x in tensors}) == 1, (function, [x.device for x in tensors])
         return function(*args, **(kwargs or {}))
@@ -99,7 +103,8 @@ def test_a_step_has_one_device_and_the_head_is_float32(gpu, amp, channels_last, 
     accuracy = metrics.contrastive_accuracy(logits, K)
     step = Step(None, epoch=0, i=0, batch=None, is_printed=True)
     diagnostics.note(step, logits.detach(), model, dict(zip(KINDS, model.counts)), None)
-    ((_, tables),) = step.notes.counts
+    (_, (q,)), (_, tables) = step.notes.counts
+    assert (q.device, q.dtype, q.shape) == (gpu, torch.float32, (rows, 16))
     assert all((x.device, x.dtype) == (gpu, torch.int64) for x in tables) and len(tables) == 3 + len(model.counts)
     for x in (logits, gradient, loss, model.queue, *accuracy.values(), *step.notes.numbers.values()):
         assert (x.device, x.dtype) == (gpu, torch.float32)
@@ -137,5 +142,7 @@ def test_a_mix_up_is_seen(gpu):
         x + torch.empty(4, 4)
     with pytest.raises(AssertionError, match="bfloat16"):
         x @ products
+    with pytest.raises(AssertionError, match="_linalg_svd"):
+        torch.linalg.svdvals(x)
     with pytest.raises(AssertionError, match="cpu"):
         x[torch.arange(4)]

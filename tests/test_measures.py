@@ -124,7 +124,7 @@ def test_logistic_regression_agrees_with_scikit_learns():
 def test_spread_is_numpys():
     torch.manual_seed(0)
     q = normalize(torch.randn(12, 5) @ torch.randn(5, 5))
-    found = {name: value.item() for name, value in measures.signs_of_collapse(q).items()}
+    found = measures.signs_of_collapse(q)
     rows = q.double().numpy()
     assert found["spread"] == pytest.approx(rows.std(axis=0).mean() * 5**0.5, rel=1e-5)
     sigma = np.sqrt(np.linalg.eigvalsh(rows.T @ rows))  # by another way than the singular values themselves
@@ -140,9 +140,12 @@ def test_spread_in_closed_form():
         (torch.cat([torch.eye(8), -torch.eye(8)]), 1, 8),
     ):
         found = measures.signs_of_collapse(rows)
-        assert found["spread"].item() == pytest.approx(spread, abs=1e-5)
-        assert found["effective_rank"].item() == pytest.approx(rank, abs=1e-4)
-    assert measures.signs_of_collapse(normalize(torch.randn(20_000, 16)))["spread"].item() == pytest.approx(1, abs=0.02)
+        assert found["spread"] == pytest.approx(spread, abs=1e-5)
+        assert found["effective_rank"] == pytest.approx(rank, abs=1e-4)
+    assert measures.signs_of_collapse(normalize(torch.randn(20_000, 16)))["spread"] == pytest.approx(1, abs=0.02)
+    for wrong in (torch.nan, torch.inf):
+        found = measures.signs_of_collapse(torch.tensor([[wrong, 1.0], [0.0, 1.0]]))
+        assert np.isnan(list(found.values())).all(), "which the run then says in a line"
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,10 @@ def test_notes_are_read_as_they_are():
         torch.arange(6).view(2, 3),
         torch.tensor([0, big]),
     )
+    notes.count(lambda rows: {"rows": rows.dtype == torch.float32 and rows[0, 1].item()}, torch.tensor([[0.0, 0.1]]))
     notes.add(c=torch.tensor(-torch.inf))
     found, others = notes.read(means=torch.tensor([[0.1], [2.0]]), scale=torch.tensor(4.0))
-    assert found == {"a": torch.tensor(0.1).item(), "b": 3, "c": -np.inf, "sum": 15, "big": big}
+    assert found == {"a": torch.tensor(0.1).item(), "b": 3, "c": -np.inf, "sum": 15, "big": big, "rows": found["a"]}
     assert others == {"means": [[torch.tensor(0.1).item()], [2.0]], "scale": 4.0}
 
 
