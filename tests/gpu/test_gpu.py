@@ -54,6 +54,7 @@ else:
         " --img-size 32 -b 8 -j 0 --moco-k 64 --moco-dim 16 --n-hard 16 --n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
     )
 FAST = "--amp bf16 --channels-last --augment-on device"
+PROBE = f"-a {ARCH} --pretrained random --img-size 32 -b {IMAGES // 8 if GPU else 8} -j 0 --seed 3 -p 1 --lr 0.1 1"
 MOCO = " ".join(f"--n{i} 0" for i in range(1, 7))
 
 
@@ -117,9 +118,9 @@ def pretrained(data, tmp_path_factory):
     return run
 
 
-def losses(folder):
+def losses(folder, name="loss"):
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return torch.tensor([line["loss"] for line in lines if line["kind"] == "train"])
+    return torch.tensor([line[name] for line in lines if line["kind"] == "train"])
 
 
 def weights(folder, epoch=1):
@@ -360,18 +361,22 @@ EVERY = "--symmetric --mask-same-image --clip-grad 5 --bn-splits 2 --channels-la
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "name, flags",
     [
-        "",
-        FAST,
-        EVERY,
-        "--optimizer adamw --amp bf16",
-        pytest.param("--amp fp16 --clip-grad 5 --bn-splits 2", marks=on_a_gpu),
-        pytest.param("--compile", marks=[on_a_gpu, slow]),
+        ("main_synco", PRETRAIN),
+        ("main_synco", f"{PRETRAIN} {FAST}"),
+        ("main_synco", f"{PRETRAIN} {EVERY}"),
+        ("main_synco", f"{PRETRAIN} --optimizer adamw --amp bf16"),
+        ("main_lincls", PROBE),
+        pytest.param("main_synco", f"{PRETRAIN} --amp fp16 --clip-grad 5 --bn-splits 2", marks=on_a_gpu),
+        pytest.param("main_synco", f"{PRETRAIN} --compile", marks=[on_a_gpu, slow]),
     ],
 )
-def test_the_host_does_not_wait_between_print_steps(data, tmp_path, monkeypatch, flags):
-    """torch raises an error where it would, from the accounts of one step on to the next line that is printed."""
+def test_the_host_does_not_wait_between_print_steps(data, tmp_path, monkeypatch, name, flags):
+    """torch raises an error where it would, from the accounts of one step on to the next line that is printed.
+
+    What a print step notes of its negatives is within.
+    """
     record, report, steps = Step.record, Run._report, []
 
     def forbid(step, *args, **numbers):
@@ -380,7 +385,7 @@ def test_the_host_does_not_wait_between_print_steps(data, tmp_path, monkeypatch,
         if GPU:
             torch.cuda.set_sync_debug_mode("error")
             with pytest.raises(RuntimeError, match="synchroniz"):
-                args[0].item()
+                args[0].sum().item()
 
     def allow(run, step):
         if GPU:
@@ -390,9 +395,9 @@ def test_the_host_does_not_wait_between_print_steps(data, tmp_path, monkeypatch,
 
     monkeypatch.setattr(Step, "record", forbid)
     monkeypatch.setattr(Run, "_report", allow)
-    words = [*PRETRAIN.split(), *"-p 4 --epochs 1 --warmup-epochs 0".split(), *flags.split()]
+    synthesis = ["--warmup-epochs", 0] * (name == "main_synco")
     try:
-        program("main_synco", *words, "--save-dir", tmp_path / "run", data)
+        program(name, *flags.split(), *"-p 4 --epochs 1".split(), *synthesis, "--save-dir", tmp_path / "run", data)
     finally:
         if GPU:
             torch.cuda.set_sync_debug_mode("default")
@@ -417,7 +422,10 @@ def test_a_run_that_goes_on_is_exactly_the_one_that_never_stopped(pretrained, da
     assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
-def test_a_print_step_waits_for_the_device_once(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, flags", [("main_synco", f"{PRETRAIN} --warmup-epochs 0{' --amp fp16' * GPU}"), ("main_lincls", PROBE)]
+)
+def test_a_print_step_waits_for_the_device_once(data, tmp_path, monkeypatch, name, flags):
     """torch warns of each wait."""
     report, waits = Run._report, []
 
@@ -434,9 +442,7 @@ def test_a_print_step_waits_for_the_device_once(data, tmp_path, monkeypatch):
         waits.append(sum("synchroniz" in str(warning.message) for warning in caught))
 
     monkeypatch.setattr(Run, "_report", count)
-    flags = "--amp fp16 --channels-last" if GPU else ""
-    words = [*PRETRAIN.split(), *"-p 4 --epochs 1 --warmup-epochs 0".split(), *flags.split()]
-    program("main_synco", *words, "--save-dir", tmp_path / "run", data)
+    program(name, *flags.split(), *"-p 4 --epochs 1".split(), "--save-dir", tmp_path / "run", data)
     assert len(waits) > 1 and set(waits) == {1 if GPU else 0}
 
 
@@ -483,6 +489,34 @@ def test_probe_finetuning_knn_export_and_hub(pretrained, data, tmp_path):
         expected = network.double().eval()(images.double())
         found = getattr(hubconf, ARCH)(str(path)).to(DEVICE).eval()(images.to(DEVICE))
     torch.testing.assert_close(found.double().cpu(), expected, atol=1e-2 * expected.abs().max().item(), rtol=0)
+
+
+def test_heads_that_share_a_pass_are_each_alone(data, tmp_path):
+    """Though another one diverges, and is dropped."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    for folder, rates in ((one, ["1"]), (several, ["0.1", "1", "3e38"])):
+        program("main_lincls", *PROBE.split(), "--epochs", 1, "--lr", *rates, "--save-dir", folder, data)
+    torch.testing.assert_close(losses(several, "loss/lr1"), losses(one), rtol=1e-3, atol=0)
+    heads = json.loads((several / "result.json").read_text())["heads"]
+    assert [head["name"] for head in heads if head["diverged"]] == ["lr3e+38"]
+    assert len(heads) == 3 and losses(several, "loss/lr0.1").isfinite().all()
+
+
+def test_the_evaluation_is_the_cpus(fresh_settings, pretrained, data, tmp_path, monkeypatch):
+    """Of a logistic regression in float32 another penalty may be the best."""
+    Precision(DEVICE, tf32=False)
+    path, found = pretrained("") / "checkpoint_0001.pth.tar", []
+    for device in ("device", "cpu"):
+        if device == "cpu":
+            monkeypatch.setattr(launch, "_device", lambda index: torch.device("cpu"))
+        program("synco.evaluate", path, data, "-j", 0, "-o", tmp_path / device)
+        found += json.loads((tmp_path / device).read_text())["checkpoints"]
+    for name, wanted in found[1]["accuracies"].items():
+        if found[0]["accuracies"][name].get("l2") == wanted.get("l2"):
+            assert abs(found[0]["accuracies"][name]["top1"] - wanted["top1"]) < 2, name
+    assert {"knn k=200 t=0.1", "logistic 100 %"} <= found[0]["accuracies"].keys()
+    for name in ("rankme", "norm_mean", "norm_std", "spread", "alignment", "uniformity"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-2), name
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
