@@ -165,35 +165,39 @@ class Store:
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         place = os.path.join(self.folder, f"{name}-{key}")
         width = self._width(model)
-        if self.process.rank == 0:
-            self._prepare(place, facts, images, width)
-        distributed.barrier()
-        return self._fill(place, model, _Shown(images, model, crop, seed), name, width)
+        with contextlib.ExitStack() as held:
+            if self.process.rank == 0:
+                self._prepare(place, facts, images, width, held)
+            distributed.barrier()
+            return self._fill(place, model, _Shown(images, model, crop, seed), name, width)
 
     @torch.no_grad()
     def _width(self, model):
         image = torch.zeros(1, 3, model.img_size, model.img_size, device=self.process.device)
         return encode(model.network, model.head, image)[0].shape[1]
 
-    def _prepare(self, place, facts, images, width):
-        """Make the files of features that are not there. Rank 0 alone."""
-        rows = os.path.join(place, "features.npy")
+    def _prepare(self, place, facts, images, width, held):
+        """Make the files of features that are not there; `held` then gets the lock of their folder. Rank 0 alone."""
+        rows, checks = (os.path.join(place, name) for name in ("features.npy", "checks.npy"))
         shape, blocks = (len(images), width), -(-len(images) // self.batch)
-        whole = _is_array(os.path.join(place, "checks.npy"), (blocks,), "int64")
-        if whole and any(_is_array(rows + end, shape, self.dtype) for end in ("", ".part")):
+
+        def are_there(*paths):
+            return _is_array(checks, (blocks,), "int64") and any(_is_array(path, shape, self.dtype) for path in paths)
+
+        if are_there(rows):  # perhaps where nothing can be written
             return
-        needed = len(images) * width * np.dtype(self.dtype).itemsize
         try:
-            os.makedirs(self.folder, exist_ok=True)
+            os.makedirs(place, exist_ok=True)
+            held.enter_context(files.FolderLock(place, flag="--features"))
+            if are_there(rows, rows + ".part"):
+                return
             stem = os.path.basename(place)[:-16]
             others = [one for one in os.listdir(self.folder) if one.startswith(stem) and one[len(stem) :].isalnum()]
-            if others:
-                say(f"{self.folder}: {', '.join(sorted(others)[:3])}: of other weights, images or settings; made anew")
-            os.makedirs(place, exist_ok=True)
-            free = shutil.disk_usage(place).free
-            if needed > free:
+            if others := sorted({*others} - {os.path.basename(place)})[:3]:
+                say(f"{self.folder}: {', '.join(others)}: of other weights, images or settings; made anew")
+            if (needed := np.dtype(self.dtype).itemsize * np.prod(shape)) > (free := shutil.disk_usage(place).free):
                 raise UserError(f"{place}: the features take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
-            _make_array(os.path.join(place, "checks.npy"), (blocks,), "int64")
+            _make_array(checks, (blocks,), "int64")
             _make_array(rows + ".part", shape, self.dtype)
             with contextlib.suppress(FileNotFoundError):
                 os.remove(rows)
@@ -230,8 +234,8 @@ class Store:
         if process.rank == 0:
             os.replace(path + ".part", path)
         distributed.barrier()
-        seconds = time.perf_counter() - began
-        pace = f"{seconds:.1f} s, {left / seconds:.0f} images/s" + (f", in {place}" if self.kept else "")
+        pace = f"{(seconds := time.perf_counter() - began):.1f} s, {left / seconds:.0f} images/s"
+        pace += f", in {place}" if self.kept else ""
         say(f"{name + ' features':18} {count} × {width}, {self.dtype}: {pace}")
         return np.load(path, mmap_mode="r")
 
@@ -307,9 +311,7 @@ def add_features(parser: options.Parser) -> None:
     free = parser.free
     free("--features", metavar="FOLDER", help="keep the features there as .npy files, and take those that are there")
     free("--features-dtype", default="float32", choices=DTYPES, help="of new features; float16 halves the files")
-    free(
-        "-b", "--batch-size", default=256, type=options.number(int, 1), help="images that each process takes at a time"
-    )
+    free("-b", "--batch-size", default=256, type=options.number(int, 1), help="images a process takes at a time")
     free("--seed", default=0, type=options.number(int, 0, 2**32 - 1), help="of random weights and of all draws")
     parser.set_defaults(arch=None)  # what the checkpoint was trained with
 

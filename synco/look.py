@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from synco import backbone, checkpoint, datasets, distributed, export, features, files, knn, networks, options
+from synco import backbone, cache, checkpoint, datasets, distributed, export, features, files, knn, networks, options
 from synco.distributed import Process, say
 from synco.errors import Failure, UserError
 from synco.features import Backbone
@@ -114,6 +114,8 @@ def run(process: Process, args: argparse.Namespace) -> None:
         val = None
     if val is not None and train.classes and val.classes:
         datasets.same_classes(train, val, args.data)
+    if args.cache_images:
+        cache.keep([train, val] if val is not None else [train], process)
     model = features.open_backbone(args, args.checkpoint, process.device)
     say(f"{'checkpoint':18} {model.source}; {model.arch} at {model.img_size} pixels")
     with features.open_store(args, process) as store:

@@ -2,14 +2,17 @@
 
 import argparse
 import errno
+import functools
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ARCH, make_images, processes
+from conftest import ARCH, ROOT, make_images, processes
 
 from synco import augment, datasets, features
 from synco.distributed import Process, seed_of
@@ -133,6 +136,27 @@ def test_an_interrupted_one_goes_on(pretrained, data, tmp_path, computed, monkey
     found = store(tmp_path / "cut").features(opened(pretrained), images, "train")
     assert "15 of 24 are there; 9 are computed" in capsys.readouterr().out
     assert np.array_equal(found, whole)
+
+
+def test_two_programs_do_not_write_the_same_features(pretrained, data, tmp_path, monkeypatch):
+    images = datasets.image_folder(data, "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(features.signals, "warned", lambda: "SIGTERM")
+        with pytest.raises(features.Preempted):
+            store(tmp_path).features(opened(pretrained), images, "train")
+    (place,) = tmp_path.iterdir()
+    monkeypatch.setattr(features.files, "FolderLock", functools.partial(features.files.FolderLock, patience=0))
+    holder = (
+        "import sys\nfrom synco import files\nwith files.FolderLock(sys.argv[1]):\n print('held', flush=True)\n input()"
+    )
+    words = [sys.executable, "-c", holder, place]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"--features {place}: another run is using it .process {other.pid} on "):
+            store(tmp_path).features(opened(pretrained), images, "train")
+        other.communicate("\n")
+    found = np.array(store(tmp_path).features(opened(pretrained), images, "train"))
+    assert found.any() and ".lock" not in os.listdir(place)
 
 
 def test_a_changed_bit_is_seen(pretrained, data, tmp_path, computed):

@@ -87,8 +87,9 @@ def rows_of(network, images):
 
 
 def test_the_page(programs, pretrained, network, many, tmp_path):
-    status, out, err = programs("synco.look", pretrained, many, *FLAGS, "-o", tmp_path / "page.html", "-n", 5)
-    assert (status, err) == (0, "") and "written: " in out
+    words = [pretrained, many, *FLAGS, "--cache-images", "-n", 5, "-o", tmp_path / "page.html"]
+    status, out, err = programs("synco.look", *words)
+    assert (status, err) == (0, "") and "written: " in out and "cached images " in out
     found = Page(tmp_path / "page.html")
     train, val = (datasets.image_folder(many, split) for split in ("train", "val"))
     (bank, _), (rows, _) = rows_of(network, train), rows_of(network, val)
