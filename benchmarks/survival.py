@@ -326,8 +326,8 @@ def cost(folder, repeat=5):
     seconds, plain = [], []
     for _ in range(repeat):
         began = time.perf_counter()
-        content = {"state_dict": checkpoint.prefixed(model), "optimizer": optimizer.state_dict()}
-        checkpoint.try_to_save(content, path)
+        content = {"state_dict": checkpoint.prefixed(model.state_dict()), "optimizer": optimizer.state_dict()}
+        checkpoint.save(content, path)
         seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
         torch.save(content, path + ".plain")
