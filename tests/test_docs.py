@@ -7,16 +7,26 @@ import sys
 
 import pytest
 import torch.distributed.run
-from conftest import ROOT
+import torchvision
+from conftest import ARCH, ROOT, make_images
+
+import main_synco
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "detection/README.md")]
 PAGES += [*ROOT.glob("benchmarks/**/README.md"), *ROOT.glob("docs/*.md")]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+PACKAGE = sorted(path.name for path in (ROOT / "synco").glob("*.py") if path.name != "__init__.py")
 SCRIPTS = {"synco-pretrain": "main_synco", "synco-lincls": "main_lincls", "synco-semisup": "main_semisup"}
 RUN = ("python", "python3", "torchrun", "make", "pip", "bash", "sbatch", "cd", *SCRIPTS)
 FILES = [path for path in ROOT.rglob("*") if not {".git", ".venv", "__pycache__"} & set(path.relative_to(ROOT).parts)]
 # what stands for a value that the reader knows, and what stands for more
 STANDS_FOR = {"LR": "0.1", "SEED": "3", "...": None}
+# those of main_moco.py, in its order
+MOCO = (
+    "--arch -a --workers -j --epochs --start-epoch --batch-size -b --lr --learning-rate --schedule --momentum --wd "
+    "--weight-decay --print-freq -p --resume --world-size --rank --dist-url --dist-backend --seed --gpu "
+    "--multiprocessing-distributed --moco-dim --moco-k --moco-m --moco-t --mlp --aug-plus --cos"
+).split()
 
 
 def blocks(page):
@@ -144,8 +154,63 @@ def test_links_and_named_files_are_there(name):
         assert known, f"{name}: {named}"
 
 
-def test_each_file_of_the_package_is_in_the_table_of_files():
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    rows = re.findall(r"^\| (`\w+\.py`[^|]*) \|", text, re.M)
-    named = re.findall(r"`(\w+\.py)`", " ".join(rows))
-    assert sorted(named) == sorted(path.name for path in (ROOT / "synco").glob("*.py") if path.stem != "__init__")
+def test_readme_is_short_and_leads_everywhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 160
+    assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} <= set(re.findall(r"\]\(([\w/.]+)", text))
+    assert [name for name in PACKAGE if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_in_the_text_are_known(name):
+    """Each is in a program of the repository, or torchrun's, or Slurm's."""
+    sources = "".join(path.read_text() for path in FILES if path.suffix in (".py", ".sh", ".sbatch"))
+    known = {
+        "--gres",
+        *re.findall(r"--[a-z][\w-]*", sources),
+        *torch.distributed.run.get_args_parser()._option_string_actions,
+    }
+    text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M | re.S)
+    for code in re.findall(r"`([^`]+)`", text):
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) <= known, f"{name}: {code}"
+
+
+def test_every_flag_of_mocos_is_here_and_explained():
+    table = (ROOT / "docs" / "pretraining.md").read_text().partition("## MoCo's flags")[2]
+    assert [flag for flag in MOCO if f"`{flag}`" not in table] == []
+    assert set(MOCO) <= set(main_synco.flags()._option_string_actions)
+
+
+def test_small_commands_of_the_manual_run(programs, tmp_path, monkeypatch):
+    """Those that want a folder of images alone, one after the other, on few of them: each does what it says."""
+    data, checkpoint = tmp_path / "images", "runs/try/checkpoint_0004.pth.tar"
+    make_images(data / "train", images=44)
+    make_images(data / "val", images=5, seed=1)
+    monkeypatch.chdir(tmp_path)
+    stand_for = {"resnet18": ARCH, "FOLDER": str(data), "DATA": str(data), "CHECKPOINT": checkpoint, "OTHER": "random"}
+    ran = []
+    for name in ("pretraining", "evaluation"):
+        for words in commands(ROOT / "docs" / f"{name}.md"):
+            if {"FOLDER", "DATA", "CHECKPOINT"} & {*words} and not {
+                "runs/synco/checkpoint_0199.pth.tar",
+                "IMAGENET",
+            } & {*words}:
+                module, flags = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+                flags = [stand_for.get(word, word) for word in flags]
+                if "--epochs" in flags:  # not all the twenty or thirty of an evaluation
+                    flags[flags.index("--epochs") + 1] = "5"
+                status, _, err = programs(module, "-j", 0, *flags)
+                assert status == 0, f"{words}: {err}"
+                ran.append(module)
+    assert {"main_synco", "main_lincls", "main_semisup", "synco.knn", "synco.evaluate", "synco.look"} == {*ran}
+    assert all((tmp_path / name).exists() for name in (checkpoint, "evaluation.json", "page.html", "runs/features"))
+
+
+def test_the_model_as_a_library(monkeypatch):
+    """The block of docs/export.md, with a smaller network in ResNet-50's place."""
+    monkeypatch.setattr(torchvision.models, "resnet50", torchvision.models.resnet18)
+    [text] = [text for _, text in blocks(ROOT / "docs" / "export.md") if "SynCo(" in text]
+    found = {}
+    exec(text, found)
+    assert found["logits"].shape == (8, 1 + 65536 + 960) and found["labels"].shape == (8,)
+    assert found["loss"].isfinite()
