@@ -80,7 +80,8 @@ def learning_rate(lr: float, epoch: int, args) -> float:
 
 def flags() -> options.Parser:
     """The command line: `identity` is what a run is, `schedule` how it learns, `free` may change when it goes on."""
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, normal="data --pretrained -a --epochs -b --lr --schedule --cos --wd --amp "
+                            "--multiprocessing-distributed --save-dir --resume")  # fmt: skip
     identity, schedule = parser.identity, parser.schedule
     options.add_data(parser)
     options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
@@ -89,12 +90,15 @@ def flags() -> options.Parser:
     options.add_distributed(parser)
     options.add_speed(parser)
     several = {"nargs": "+", "action": options.Several, "type": number(float, 0)}
-    schedule("--lr", "--learning-rate", default=30.0, **several, help="learning rate, or several: a head for each, all "
-             "in one pass")  # fmt: skip
-    schedule("--schedule", default=[60, 80], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
-    schedule("--cos", action="store_true", help="cosine schedule in place of --schedule")
-    schedule("--lr-min", default=0.0, type=number(float, 0), help="with --cos: where the learning rate ends")
-    identity("--wd", "--weight-decay", default=0.0, **several, dest="weight_decay", help="weight decay, or several")
+    with parser.group("optimisation"):
+        rates = "learning rate, or several: a head for each, all in one pass"
+        schedule("--lr", "--learning-rate", default=30.0, **several, help=rates)
+        milestones = "epochs that divide the lr by 10"
+        schedule("--schedule", default=[60, 80], nargs="*", type=number(int, 0), help=milestones)
+        schedule("--cos", action="store_true", help="cosine schedule in place of --schedule")
+        schedule("--lr-min", default=0.0, type=number(float, 0), help="with --cos: where the learning rate ends")
+        decay = {"dest": "weight_decay", "help": "weight decay, or several"}
+        identity("--wd", "--weight-decay", default=0.0, **several, **decay)
     return parser
 
 

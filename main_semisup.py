@@ -109,7 +109,8 @@ def scheduler_state(base: list[float], done: int, epochs: int) -> dict:
 
 def flags() -> options.Parser:
     """The command line: `identity` is what a run is, `schedule` how it learns, `free` may change when it goes on."""
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, normal="data --pretrained -a --train-percent --weights --epochs -b --lr-backbone "
+                            "--lr-classifier --wd --amp --multiprocessing-distributed --save-dir --resume")  # fmt: skip
     identity, schedule, free = parser.identity, parser.schedule, parser.free
     options.add_data(parser)
     options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
@@ -117,15 +118,19 @@ def flags() -> options.Parser:
     options.add_skipping(parser)
     options.add_distributed(parser)
     options.add_speed(parser)
-    identity("--train-percent", default=100, type=int, choices=(1, 10, 100), help="of the labels")
-    free("--subset-file", metavar="FILE", help="list of the images to train on: class/file or wnid_N.JPEG, one a line")
-    free("--write-subset", metavar="FILE", help="write that list, as --subset-file reads it")
-    identity("--weights", default="freeze", choices=("freeze", "finetune"), help="train the last layer alone, or all")
-    schedule("--lr-backbone", default=0.0, type=number(float, 0), help="the backbone's learning rate")
+    with parser.group("data and network"):
+        identity("--train-percent", default=100, type=int, choices=(1, 10, 100), help="of the labels")
+        free("--subset-file", metavar="FILE", help="the images to train on: class/file or wnid_N.JPEG, one a line")
+        free("--write-subset", metavar="FILE", help="write that list, as --subset-file reads it")
+    with parser.group("method"):
+        identity("--weights", default="freeze", choices=("freeze", "finetune"), help="train the last layer, or all")
     several = {"nargs": "+", "action": options.Several, "type": number(float, 0)}
-    schedule("--lr-classifier", default=0.3, **several, help="the last layer's learning rate, or with --weights freeze "
-             "several: a head for each, all in one pass")  # fmt: skip
-    identity("--wd", "--weight-decay", default=1e-6, **several, dest="weight_decay", help="weight decay, or several")
+    with parser.group("optimisation"):
+        schedule("--lr-backbone", default=0.0, type=number(float, 0), help="the backbone's learning rate")
+        rates = "the last layer's learning rate, or with --weights freeze several: a head for each, all in one pass"
+        schedule("--lr-classifier", default=0.3, **several, help=rates)
+        decay = {"dest": "weight_decay", "help": "weight decay, or several"}
+        identity("--wd", "--weight-decay", default=1e-6, **several, **decay)
     return parser
 
 

@@ -28,7 +28,7 @@ from synco.builder import QueueIndex, SynCo
 from synco.errors import UserError
 from synco.folder import RunFiles
 from synco.launch import launch
-from synco.negatives import KINDS, TYPES
+from synco.negatives import KINDS
 from synco.networks import network_errors_as_user_errors, network_of, sync_batch_norm, try_images
 from synco.options import number
 from synco.precision import Precision, compile_encoders
@@ -212,60 +212,62 @@ def make_optimizer(args, model: SynCo, fused: bool | None) -> torch.optim.Optimi
 
 def flags() -> options.Parser:
     """The command line: `identity` is what a run is, `schedule` how it learns, `free` may change when it goes on."""
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, normal="data -a --epochs --steps -b --lr --cos --mlp --moco-t --aug-plus --method "
+                            "--amp --multiprocessing-distributed --knn-freq --save-dir --resume")  # fmt: skip
     identity, schedule, free = parser.identity, parser.schedule, parser.free
+    # the model's defaults, from the one place where they stand
+    model = {name: parameter.default for name, parameter in inspect.signature(SynCo).parameters.items()}
     options.add_data(parser)
     options.add_run(parser, epochs=200, batch_size=256, save_dir="./", steps=True)
     for add in (options.add_skipping, options.add_distributed, options.add_speed, initial.add_flags):
         add(parser)
-    schedule("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
-    schedule("--schedule", default=[120, 160], nargs="*", type=number(int, 0), help="epochs that divide the lr by 10")
-    schedule("--cos", action="store_true", help="cosine schedule in place of --schedule")
-    schedule("--lr-min", default=0.0, type=number(float, 0), help="what the cosine ends at")
-    schedule("--lr-warmup-epochs", default=0, type=options.length, help="epochs (or steps: 2500s) of linear warm-up")
-    schedule("--lr-warmup", default=0.0, type=number(float, 0), help="what the linear warm-up starts from")
-    identity("--optimizer", default="sgd", choices=("sgd", "adamw"), help="adamw: no decay on norms and biases")
-    identity("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
-    identity("--wd", "--weight-decay", default=1e-4, type=number(float, 0), dest="weight_decay", help="weight decay")
-    identity("--clip-grad", type=number(float, above=0), metavar="NORM", help="largest norm of the gradient")
-    identity("--aug-plus", action="store_true", help="MoCo v2's augmentation in place of v1's")
-    identity("--aug-heavy", action="store_true", help="RandAugment and random erasing, in place of MoCo's augmentation")
-    identity("--blur", action="store_true", help="with --aug-plus, --aug-heavy: blur crops below 64 pixels too")
-    identity("--crop-scale", type=options.pair(0, 1), metavar="MIN,MAX", help="crop area (unset: 0.2,1; heavy: 0.5,1)")
-    identity("--augment-on", default="cpu", choices=("cpu", "device"), help="device: workers only decode, crop and "
-             "resize; the rest is done in batches, on the GPU")  # fmt: skip
-    identity("--compile", action="store_true", help="compile the encoders with torch.compile")
-    free("--save-freq", default=1, type=number(int, 1), help="epochs between checkpoints; the last is always written")
-    free("--keep", default=0, type=number(int, 0), help="how many numbered checkpoints stay; 0: all")
-    free("--knn-freq", default=0, type=number(int, 0), help="epochs between kNN evaluations, train vs. val; 0: none")
-    free("--knn-k", default=200, type=number(int, 1), help="neighbours that vote; at most all")
-    free("--knn-train", action="store_true", help="kNN of the training images, too, each by the others")
-    free("--save-best", action="store_true", help=f"keep the best epoch by --knn-freq in {FILES.best}")
-    identity("--sync-bn", action="store_true", help="BatchNorm statistics over all GPUs")
-    identity("--bn-splits", default=1, type=number(int, 1), help="BatchNorm in so many splits, which stand in for GPUs")
-
-    # the model's defaults, from the one place where they stand
-    model = {name: parameter.default for name, parameter in inspect.signature(SynCo).parameters.items()}
-    identity("--moco-dim", default=model["dim"], type=number(int, 1), help="width of the embedding")
-    identity("--moco-k", default=model["K"], type=number(int, 1), help="rows of the queue")
-    identity("--moco-m", default=model["m"], type=number(float, 0, 1), help="momentum of the key encoder")
-    identity("--moco-t", default=model["T"], type=number(float, above=0), help="temperature")
-    identity("--mlp", action="store_true", help="two-layer head, as in MoCo v2")
-    identity("--symmetric", action="store_true", help="each view is query and key in turn; takes twice the queue rows")
-    identity("--mask-same-image", action="store_true", help="a query's own image in the queue is no negative of it")
     methods.add_flags(parser, model)
-    for name, kind, meaning in (
-        ("alpha", number(float, high=1, above=0), "type 1: weight of the query ~ U(0, alpha)"),
-        ("beta", number(float, above=1), "type 2: extrapolation ~ U(1, beta)"),
-        ("gamma", number(float, high=1, above=0), "type 3: weight of a row ~ U(0, gamma)"),
-        ("sigma", number(float, 0), "type 4: standard deviation of the noise"),
-        ("delta", number(float, 0), "type 5: step along the similarity's gradient"),
-        ("eta", number(float, 0), "type 6: step along the gradient's sign"),
-    ):
-        identity(f"--{name}", default=model[name], type=kind, help=meaning)
-    identity("--warmup-epochs", default=model["warmup_epochs"], type=options.lengths(len(TYPES)), help="first epochs "
-             "(or steps: 2500s) without synthesis; one number, or one for each type: 0,0.5,1,2,2,2")  # fmt: skip
-    identity("--cooldown-epochs", default=0, type=number(int, 0), help="last epochs without synthesis")
+    with parser.group("data and network"):
+        identity("--aug-plus", action="store_true", help="MoCo v2's augmentation in place of v1's: --aug v2")
+        identity("--aug-heavy", action="store_true", help="RandAugment and random erasing, in place of MoCo's")
+        identity("--aug", choices=("v1", "v2", "heavy"), help="v2: as --aug-plus; heavy: as --aug-heavy")
+        identity("--blur", action="store_true", help="with --aug v2, --aug heavy: blur crops below 64 pixels too")
+        crop = "crop area (unset: 0.2,1; heavy: 0.5,1)"
+        identity("--crop-scale", type=options.pair(0, 1), metavar="MIN,MAX", help=crop)
+    with parser.group("method"):
+        identity("--mlp", action="store_true", help="two-layer head, as in MoCo v2")
+        identity("--moco-dim", default=model["dim"], type=number(int, 1), help="width of the embedding")
+        identity("--moco-k", default=model["K"], type=number(int, 1), help="rows of the queue")
+        identity("--moco-m", default=model["m"], type=number(float, 0, 1), help="momentum of the key encoder")
+        identity("--moco-t", default=model["T"], type=number(float, above=0), help="temperature")
+        twice = "each view is query and key in turn; takes twice the queue rows"
+        identity("--symmetric", action="store_true", help=twice)
+        identity("--mask-same-image", action="store_true", help="a query's own image is no negative of it")
+        identity("--sync-bn", action="store_true", help="BatchNorm statistics over all GPUs")
+        splits = "BatchNorm in so many splits, which stand in for GPUs"
+        identity("--bn-splits", default=1, type=number(int, 1), help=splits)
+    with parser.group("optimisation"):
+        schedule("--lr", "--learning-rate", default=0.03, type=number(float, 0), help="learning rate")
+        milestones = "epochs that divide the lr by 10"
+        schedule("--schedule", default=[120, 160], nargs="*", type=number(int, 0), help=milestones)
+        schedule("--cos", action="store_true", help="cosine schedule in place of --schedule")
+        schedule("--lr-min", default=0.0, type=number(float, 0), help="what the cosine ends at")
+        warmup = "epochs (or steps: 2500s) of linear warm-up"
+        schedule("--lr-warmup-epochs", default=0, type=options.length, help=warmup)
+        schedule("--lr-warmup", default=0.0, type=number(float, 0), help="what the linear warm-up starts from")
+        identity("--optimizer", default="sgd", choices=("sgd", "adamw"), help="adamw: no decay on norms and biases")
+        identity("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
+        decay = {"dest": "weight_decay", "help": "weight decay"}
+        identity("--wd", "--weight-decay", default=1e-4, type=number(float, 0), **decay)
+        identity("--clip-grad", type=number(float, above=0), metavar="NORM", help="largest norm of the gradient")
+    with parser.group("evaluation while training"):
+        often = "epochs between kNN evaluations, train vs. val; 0: none"
+        free("--knn-freq", default=0, type=number(int, 0), help=often)
+        free("--knn-k", default=200, type=number(int, 1), help="neighbours that vote; at most all")
+        free("--knn-train", action="store_true", help="kNN of the training images, too, each by the others")
+        free("--save-best", action="store_true", help=f"keep the best epoch by --knn-freq in {FILES.best}")
+    with parser.group("saving and resuming"):
+        free("--save-freq", default=1, type=number(int, 1), help="epochs between checkpoints; the last has one")
+        free("--keep", default=0, type=number(int, 0), help="how many numbered checkpoints stay; 0: all")
+    with parser.group("speed"):
+        where = "device: workers only decode, crop and resize; the rest is done in batches, on the GPU"
+        identity("--augment-on", default="cpu", choices=("cpu", "device"), help=where)
+        identity("--compile", action="store_true", help="compile the encoders with torch.compile")
     return parser
 
 
@@ -276,6 +278,12 @@ def parse():
     if args.preset:
         parser.set_defaults(**methods.preset(args.preset, args.moco_k))
         args = parser.parse_args()
+    aug = vars(args).pop("aug")  # a second name alone: what a run stores and compares are MoCo's own two flags
+    for kind, flag in (("v2", "aug_plus"), ("heavy", "aug_heavy")):
+        if aug not in (None, kind) and getattr(args, flag):
+            raise UserError(f"--aug {aug} and --{flag.replace('_', '-')} contradict each other")
+        if aug == kind:
+            vars(args)[flag] = True
     for wrong, message in (
         (any(methods.counts(args)) and args.n_hard > args.moco_k, f"--n-hard {args.n_hard} is larger than the queue: "
          f"--moco-k is {args.moco_k}"),

@@ -24,17 +24,11 @@ UNREACHED = 2**32  # epochs and steps from here on are no training's: nothing el
 
 def add_flags(parser: options.Parser) -> None:
     """What a fresh run begins with. The weights' name is compared by `load_weights` when a run goes on."""
-    parser.free(
-        "--init-from",
-        metavar="WHAT",
-        help="weights to begin a fresh run with: a checkpoint's, or a network's alone, or torchvision:NAME, such as "
-        "torchvision:IMAGENET1K_V2",
-    )
-    parser.identity(
-        "--fill-queue",
-        action=argparse.BooleanOptionalAction,
-        help="before the first step put keys of images into the queue, in place of noise (unset: with --init-from)",
-    )
+    weights = "weights to begin a fresh run with: a checkpoint's, or a network's alone, or torchvision:NAME, such as "
+    keys = "before the first step put keys of images into the queue, in place of noise (unset: with --init-from)"
+    with parser.group("saving and resuming"):
+        parser.free("--init-from", metavar="WHAT", help=f"{weights}torchvision:IMAGENET1K_V2")
+        parser.identity("--fill-queue", action=argparse.BooleanOptionalAction, help=keys)
 
 
 def load_weights(model: SynCo, run: Run, args: argparse.Namespace) -> tuple[dict, dict]:

@@ -26,15 +26,29 @@ def preset(method: str, K: int) -> dict[str, int]:
 
 
 def add_flags(parser: options.Parser, defaults: dict) -> None:
-    """--method, and n_hard and the counts, whose defaults are the model's."""
+    """--method, and the counts and settings of the synthetic negatives, whose defaults are the model's."""
     identity = parser.identity
-    parser.free("--method", dest="preset", choices=COUNTS, help="its --n-hard and counts, times --moco-k / 65536; "
-                "flags that are given win")  # fmt: skip
-    identity("--n-hard", default=defaults["n_hard"], type=number(int, 1), help="hardest queue rows to draw from")
-    for i, name in enumerate(TYPES, 1):
-        identity(f"--n{i}", default=defaults[f"n{i}"], type=number(int, 0), help=f"{name} negatives a query")
-    identity("--n-copied", default=defaults["n_copied"], type=number(int, 0), help="hard negatives over again, "
-             "unchanged: a control, no part of SynCo")  # fmt: skip
+    with parser.group("synthetic negatives"):
+        parser.free("--method", dest="preset", choices=COUNTS, help="its --n-hard and counts, times --moco-k / 65536; "
+                    "flags that are given win")  # fmt: skip
+        identity("--n-hard", default=defaults["n_hard"], type=number(int, 1), help="hardest queue rows to draw from")
+        for i, name in enumerate(TYPES, 1):
+            identity(f"--n{i}", default=defaults[f"n{i}"], type=number(int, 0), help=f"{name} negatives a query")
+        identity("--n-copied", default=defaults["n_copied"], type=number(int, 0), help="hard negatives over again, "
+                 "unchanged: a control, no part of SynCo")  # fmt: skip
+        for name, kind, meaning in (
+            ("alpha", number(float, high=1, above=0), "type 1: weight of the query ~ U(0, alpha)"),
+            ("beta", number(float, above=1), "type 2: extrapolation ~ U(1, beta)"),
+            ("gamma", number(float, high=1, above=0), "type 3: weight of a row ~ U(0, gamma)"),
+            ("sigma", number(float, 0), "type 4: standard deviation of the noise"),
+            ("delta", number(float, 0), "type 5: step along the similarity's gradient"),
+            ("eta", number(float, 0), "type 6: step along the gradient's sign"),
+        ):
+            identity(f"--{name}", default=defaults[name], type=kind, help=meaning)
+        start = "first epochs (or steps: 2500s) without synthesis; one number, or one for each type: 0,0.5,1,2,2,2"
+        identity("--warmup-epochs", "--synth-start", default=defaults["warmup_epochs"], help=start,
+                 type=options.lengths(len(TYPES)))  # fmt: skip
+        identity("--cooldown-epochs", default=0, type=number(int, 0), help="last epochs without synthesis")
 
 
 def counts(args: argparse.Namespace) -> tuple[int, ...]:

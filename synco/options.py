@@ -1,13 +1,13 @@
-"""Command-line flags: the parser, value checks, and the flags that several scripts share, each declared once."""
+"""Command-line flags: value checks, and the flags that several scripts share, each declared once."""
 
 import argparse
 import difflib
 import importlib.util
 import math
-import sys
 from collections.abc import Callable
 
 from synco.errors import UserError
+from synco.parser import Parser
 from synco.track import TRACKERS, tracker
 
 # mean and standard deviation of a data set's training images, in [0, 1]: what images are normalised with
@@ -34,16 +34,6 @@ LONGEST = 1_000_000  # seconds, or minutes: what the system's own waiting takes
 LARGEST = 10_000  # pixels of an image's side: no file's word may have a network of any size built
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and every flag's default where there is one."""
-
-    def _get_help_string(self, action):
-        default = action.default
-        if default is None or default is False or default in ("", argparse.SUPPRESS):
-            return action.help
-        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else '%(default)s'})"
-
-
 class Several(argparse.Action):
     """Of a flag with nargs="+": one value as it is, several as a list; no two may be equal."""
 
@@ -60,46 +50,6 @@ def listed(value: float | list[float]) -> list[float]:
     return value if isinstance(value, list) else [value]
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, raised as `UserError`, and that takes no abbreviated flags.
-
-    A flag is declared by what becomes of it when a run goes on: `identity` must stay as it was; `schedule`, how fast
-    and how long the run learns, may change with --force-resume; `free` may change. `kinds` has the word for each.
-    """
-
-    def __init__(self, docstring: str) -> None:
-        self.kinds: dict[str, str] = {}
-        super().__init__(description=docstring, formatter_class=_Help, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's, but a last word that is no number is none of a flag's several numbers: `--lr 1 3 DATA`."""
-        words = list(sys.argv[1:] if args is None else args)
-        numeric = [action for action in self._actions if action.nargs in ("+", "*") and action.type]
-        several = {name for action in numeric for name in action.option_strings}
-        flags = [word for word in words if word.startswith("-") and not _is_number(word)]
-        if flags and flags[-1] in several - {*words[-2:]} and not _is_number(words[-1]):
-            words.insert(-1, "--")
-        return super().parse_args(words, namespace)
-
-    def identity(self, *names: str, **settings) -> None:
-        """Declare a flag that says what a run is, as `add_argument` does."""
-        self._declare("identity", self, names, settings)
-
-    def schedule(self, *names: str, group=None, **settings) -> None:
-        """Declare a flag of the learning rate or of the length. group: a mutually exclusive one that it belongs to."""
-        self._declare("schedule", group or self, names, settings)
-
-    def free(self, *names: str, **settings) -> None:
-        """Declare a flag that may differ whenever a run goes on; what follows from it may be compared."""
-        self._declare("free", self, names, settings)
-
-    def _declare(self, kind, group, names, settings):
-        self.kinds[group.add_argument(*names, **settings).dest] = kind
-
-
 def number(kind: type, low: float | None = None, high: float | None = None, *, above: float | None = None) -> Callable:
     """An argparse type: an int or float (`kind`) with low <= value <= high, or value > above.
 
@@ -108,7 +58,8 @@ def number(kind: type, low: float | None = None, high: float | None = None, *, a
     bounds = [f">= {low}"] if low is not None else []
     bounds += [f"> {above}"] if above is not None else []
     bounds += [f"<= {high}"] if high is not None else []
-    wanted = {int: "a whole number", float: "a number"}[kind] + (" " + " and ".join(bounds) if bounds else "")
+    bounds = " and ".join(bounds)
+    wanted = " ".join(filter(None, ({int: "a whole number", float: "a number"}[kind], bounds)))
 
     def parse(text):
         try:
@@ -124,15 +75,8 @@ def number(kind: type, low: float | None = None, high: float | None = None, *, a
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
 
+    parse.range, parse.metavar = bounds, {int: "N", float: "X"}[kind]  # for --help
     return parse
-
-
-def _is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def pair(low: float, high: float) -> Callable:
@@ -144,9 +88,10 @@ def pair(low: float, high: float) -> Callable:
         except ValueError:
             least = greatest = math.nan
         if not low < least <= greatest <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not MIN,MAX with {low} < MIN <= MAX <= {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not MIN,MAX with {parse.range}")
         return [least, greatest]
 
+    parse.range = f"{low} < MIN <= MAX <= {high}"
     return parse
 
 
@@ -163,6 +108,9 @@ def length(text: str) -> int | float | str:
     return int(epochs) if epochs == int(epochs) else epochs
 
 
+length.range, length.metavar = ">= 0", "N"
+
+
 def in_epochs(length: int | float | str, steps: int) -> float:
     """A `length` as epochs, of `steps` steps each."""
     return int(length[:-1]) / steps if isinstance(length, str) else length
@@ -177,6 +125,7 @@ def lengths(count: int) -> Callable:
             raise argparse.ArgumentTypeError(f"{text!r} are {len(found)} numbers, where 1 or {count} are wanted")
         return found[0] if len(found) == 1 else found
 
+    parse.range, parse.metavar = ">= 0", "N"
     return parse
 
 
@@ -206,49 +155,45 @@ def architecture(name: str) -> str:
 def add_data(parser: Parser, *, positional: bool = True) -> None:
     """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
     identity, free = parser.identity, parser.free
-    if positional:
-        where = "folder in ImageNet's layout, train/CLASS/IMAGE and val/CLASS/IMAGE, or of images without labels; or "
-        free("data", metavar="DATA", help=where + "where --dataset's files lie")
-    layout = "DATA's layout (imagenet: in any form; shards: WebDataset's tar files), or one of torchvision's data sets"
-    free("--dataset", default="imagefolder", choices=DATASETS, help=layout)
-    for split in ("train", "val"):
-        line = f"list of the {split} images: a path a line, absolute or in DATA, and perhaps a label after a comma"
-        free(f"--{split}-list", metavar="FILE", help=line)
-    free("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
-    free("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
-    identity(
-        "--limit-images", type=number(int, 1), metavar="N", help="of each split N images, class-balanced: for trials"
-    )
-    identity("--hold-out", type=number(int, 1), metavar="N", help="N training images, class-balanced, in place of val")
-    identity("--split-seed", default=0, type=number(int, 0), help="of these two choices, and of Caltech-256's val")
-    identity(
-        "-a", "--arch", default="resnet50", type=architecture, help="torchvision classification network, or timm:NAME"
-    )
-    identity("--stem", choices=STEMS, help="a ResNet's: ImageNet's, or for small images 3x3, stride 1 and no max-pool")
-    identity(
-        "--img-size", type=number(int, 8, LARGEST), help="side of the square crops (unset: by --dataset, 224 or less)"
-    )
-    identity("--stats", choices=STATS, help="whose mean and deviation normalise the images (unset: those of --dataset)")
-    free("-j", "--workers", type=number(int, 0), help="loading workers per node, at most its CPUs (unset: as many)")
-    waiting = "seconds to wait for a batch of images; 0: for ever"
-    free("--worker-timeout", default=600, type=number(int, 0, LONGEST), help=waiting)
+    with parser.group("data and network"):
+        if positional:
+            where = "folder of train/CLASS/IMAGE and val/CLASS/IMAGE, or of images without labels, or --dataset's own"
+            free("data", metavar="DATA", help=where)
+        layout = "DATA's layout (imagenet: in any form; shards: WebDataset's tar files), or a data set of torchvision's"
+        free("--dataset", default="imagefolder", choices=DATASETS, help=layout)
+        for split in ("train", "val"):
+            line = f"list of the {split} images: a path a line, absolute or in DATA, and perhaps a label after a comma"
+            free(f"--{split}-list", metavar="FILE", help=line)
+        free("--download", action="store_true", help="fetch the --dataset into DATA if it is not there")
+        line = "of each split N images, class-balanced: for trials"
+        identity("--limit-images", type=number(int, 1), help=line)
+        identity("--hold-out", type=number(int, 1), help="N training images, class-balanced, in place of val")
+        identity("--split-seed", default=0, type=number(int, 0), help="of these two choices, and of Caltech-256's val")
+        network = "torchvision classification network, or timm:NAME"
+        identity("-a", "--arch", default="resnet50", type=architecture, metavar="NAME", help=network)
+        line = "a ResNet's: ImageNet's, or for small images 3x3, stride 1 and no max-pool"
+        identity("--stem", choices=STEMS, help=line)
+        line = "side of the square crops (unset: by --dataset, 224 or less)"
+        identity("--img-size", type=number(int, 8, LARGEST), help=line)
+        line = "whose mean and deviation normalise the images (unset: those of --dataset)"
+        identity("--stats", choices=STATS, help=line)
+    with parser.group("speed"):
+        free("--cache-images", action="store_true", help="keep the decoded images in memory, if they fit")
+        line = "loading workers per node, at most its CPUs (unset: as many)"
+        free("-j", "--workers", type=number(int, 0), help=line)
+        waiting = "seconds to wait for a batch of images; 0: for ever"
+        free("--worker-timeout", default=600, type=number(int, 0, LONGEST), help=waiting)
 
 
 def add_speed(parser: Parser) -> None:
     """How the network computes, see `precision.Precision`."""
-    identity = parser.identity
-    identity("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the network's forward pass")
-    identity(
-        "--channels-last",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="images and weights in the memory layout that tensor cores read",
-    )
-    identity(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        help="TensorFloat-32 for float32 products and convolutions (unset: torch's choice, convolutions only)",
-    )
+    identity, switch = parser.identity, argparse.BooleanOptionalAction
+    with parser.group("speed"):
+        identity("--amp", default="off", choices=("off", "bf16", "fp16"), help="precision of the forward pass")
+        layout = "images and weights in the memory layout that tensor cores read"
+        identity("--channels-last", action=switch, default=False, help=layout)
+        products = "TensorFloat-32 for float32 products and convolutions (unset: torch's choice, convolutions only)"
+        identity("--tf32", action=switch, help=products)
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -290,31 +235,34 @@ def resolve_image_settings(args, path: str = "", config: dict | None = None) -> 
 def add_run(parser: Parser, *, epochs: int, batch_size: int, save_dir: str | None, steps: bool = False) -> None:
     """Length (in `steps`, too, if asked), reporting and output of a run; the defaults are the script's own."""
     schedule, free = parser.schedule, parser.free
-    lasting = parser.add_mutually_exclusive_group()
-    schedule("--epochs", group=lasting, default=epochs, type=number(int, 1), help="epochs to run")
-    if steps:
-        schedule("--steps", group=lasting, type=number(int, 1), help="steps to run, in place of --epochs")
-    free("--start-epoch", default=0, type=number(int, 0), help="epoch to start at; --resume sets it")
-    free("-b", "--batch-size", default=batch_size, type=number(int, 1), help="per node, shared by its processes")
-    free("-p", "--print-freq", default=10, type=number(int, 1), help="steps between progress lines")
-    free("--resume", default="", metavar="PATH", help="checkpoint to go on from; 'auto': the newest in --save-dir")
-    beside = "" if save_dir else " (unset: a folder beside the checkpoint, named after the run)"
-    free("--save-dir", default=save_dir, metavar="FOLDER", help=f"folder for checkpoints and config.json{beside}")
-    free("--force-resume", action="store_true", help="go on with another learning rate, schedule or number of epochs")
-    free("--save-steps", default=0, type=number(int, 0), help="steps between saves within an epoch; 0: none")
-    free("--save-minutes", default=0.0, type=number(float, 0, LONGEST), help="minutes between such saves; 0: none")
-    free("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove that run")
-    free("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
-    free("--track", type=tracker, metavar="NAME", help=f"give the log to a tracker, too: {', '.join(TRACKERS)}")
-    free(
-        "--seed", type=number(int, 0, 2**32 - 1), help="of every random draw (unset: one is drawn, printed and stored)"
-    )
+    with parser.group("optimisation"):
+        lasting = parser.add_mutually_exclusive_group()
+        schedule("--epochs", group=lasting, default=epochs, type=number(int, 1), help="epochs to run")
+        if steps:
+            schedule("--steps", group=lasting, type=number(int, 1), help="steps to run, in place of --epochs")
+        free("-b", "--batch-size", default=batch_size, type=number(int, 1), help="per node, shared by its processes")
+        line = "of every random draw (unset: one is drawn, printed and stored)"
+        free("--seed", type=number(int, 0, 2**32 - 1), help=line)
+    with parser.group("saving and resuming"):
+        beside = "" if save_dir else " (unset: a folder beside the checkpoint, named after the run)"
+        free("--save-dir", default=save_dir, metavar="FOLDER", help=f"folder for checkpoints and config.json{beside}")
+        free("--resume", default="", metavar="PATH", help="checkpoint to go on from; 'auto': the newest in --save-dir")
+        line = "go on with another learning rate, schedule or number of epochs"
+        free("--force-resume", action="store_true", help=line)
+        free("--start-epoch", default=0, type=number(int, 0), help="epoch to start at; --resume sets it")
+        free("--overwrite", action="store_true", help="start anew in a --save-dir that holds a run, and remove it")
+        free("--save-steps", default=0, type=number(int, 0), help="steps between saves within an epoch; 0: none")
+        free("--save-minutes", default=0.0, type=number(float, 0, LONGEST), help="minutes between such saves; 0: none")
+        free("--log-dir", metavar="FOLDER", help="folder for TensorBoard and log.jsonl (unset: the save folder)")
+        free("--track", type=tracker, metavar="NAME", help=f"give the log to a tracker, too: {', '.join(TRACKERS)}")
+        free("-p", "--print-freq", default=10, type=number(int, 1), help="steps between progress lines")
 
 
 def add_skipping(parser: Parser) -> None:
     """What to do about training images that cannot be read."""
     what = "training images that cannot be read and are replaced by the next; more end the run"
-    parser.free("--skip-bad-images", default=0, type=number(int, 0), metavar="N", help=what)
+    with parser.group("data and network"):
+        parser.free("--skip-bad-images", default=0, type=number(int, 0), help=what)
 
 
 def check_run(args) -> None:
@@ -341,32 +289,32 @@ def check_start(args, epochs: int) -> None:
 
 def add_classifier(parser: Parser) -> None:
     """What the linear probe and the fine-tuning have in common."""
-    identity, free = parser.identity, parser.free
-    free(
-        "--pretrained",
-        metavar="PATH",
-        help="checkpoint of SynCo or MoCo, or a torchvision network's weights; 'random': untrained, as a baseline",
-    )
-    free("-e", "--evaluate", action="store_true", help="only validate the classifier that --resume names")
-    free(
-        "--val-freq", default=1, type=number(int, 0), metavar="N", help="epochs between validations; 0: after the last"
-    )
-    free("--eval-train", action="store_true", help="validate on the training images, too")
-    free("--save-confusion", action="store_true", help="write confusion.csv: a row a class, a column a prediction")
-    identity("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
+    free = parser.free
+    with parser.group("method"):
+        weights = "checkpoint of SynCo or MoCo, or a torchvision network's weights; 'random': untrained, as a baseline"
+        free("--pretrained", metavar="PATH", help=weights)
+    with parser.group("evaluation while training"):
+        free("-e", "--evaluate", action="store_true", help="only validate the classifier that --resume names")
+        free("--val-freq", default=1, type=number(int, 0), help="epochs between validations; 0: after the last")
+        free("--eval-train", action="store_true", help="validate on the training images, too")
+        free("--save-confusion", action="store_true", help="write confusion.csv: a row a class, a column a prediction")
+    with parser.group("optimisation"):
+        parser.identity("--momentum", default=0.9, type=number(float, 0), help="momentum of SGD")
 
 
 def add_distributed(parser: Parser) -> None:
     """Processes and devices, under MoCo's names; see `launch.launch`."""
     free = parser.free
-    free("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
-    free("--nproc-per-node", type=number(int, 1), help="processes to start so (unset: the GPUs, or 1 on a CPU)")
-    free("--world-size", default=-1, type=number(int, -1), help="nodes; processes if they are started one by one")
-    free("--rank", default=-1, type=number(int, -1), help="of this node; of this process if started by itself")
-    free("--dist-url", metavar="URL", help="where they meet: tcp://HOST:PORT or env:// (unset: a free port here)")
-    free("--dist-backend", choices=("nccl", "gloo"), help="unset: nccl on GPUs, gloo on a CPU")
-    free("--gpu", type=number(int, 0), help="the one GPU to use")
-    free("--dist-timeout", type=number(float, high=LONGEST, above=0), metavar="SECONDS", help="for processes to "
-         "meet in a collective (unset: torch's own)")  # fmt: skip
-    free("--peer-timeout", default=40.0, type=number(float, 4, LONGEST), metavar="SECONDS", help="without a sign of "
-         "life from a process until the others end")  # fmt: skip
+    seconds = {"type": number(float, high=LONGEST, above=0), "metavar": "SECONDS"}
+    with parser.group("processes"):
+        free("--multiprocessing-distributed", action="store_true", help="start a process per GPU of this node")
+        free("--nproc-per-node", type=number(int, 1), help="processes to start so (unset: the GPUs, or 1 on a CPU)")
+        free("--world-size", default=-1, type=number(int, -1), help="nodes; processes if they are started one by one")
+        free("--rank", default=-1, type=number(int, -1), help="of this node; of this process if started by itself")
+        free("--dist-url", metavar="URL", help="where they meet: tcp://HOST:PORT or env:// (unset: a free port here)")
+        free("--dist-backend", choices=("nccl", "gloo"), help="unset: nccl on GPUs, gloo on a CPU")
+        free("--gpu", type=number(int, 0), help="the one GPU to use")
+        free("--dist-timeout", **seconds, help="for processes to meet in a collective (unset: torch's own)")
+        seconds["type"] = number(float, 4, LONGEST)
+        alive = "without a sign of life from a process until the others end"
+        free("--peer-timeout", default=40.0, **seconds, help=alive)

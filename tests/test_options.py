@@ -1,6 +1,7 @@
 """Value checks of the flags, and the published defaults."""
 
 import argparse
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import main_synco
 from synco import options
 from synco.errors import UserError
 from synco.options import architecture, number
+from synco.parser import GROUPS
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ SHARED = {
 CLASSIFIER = {"free": "pretrained evaluate val_freq eval_train save_confusion"}
 OWN = {
     main_synco: {
-        "identity": "optimizer clip_grad aug_plus aug_heavy blur crop_scale augment_on compile sync_bn bn_splits "
+        "identity": "optimizer clip_grad aug aug_plus aug_heavy blur crop_scale augment_on compile sync_bn bn_splits "
         "moco_dim moco_k moco_m moco_t mlp symmetric mask_same_image n_hard n1 n2 n3 n4 n5 n6 n_copied alpha beta "
         "gamma sigma delta eta warmup_epochs cooldown_epochs fill_queue",
         "schedule": "steps schedule cos lr_min lr_warmup_epochs lr_warmup",
@@ -149,15 +151,68 @@ def test_help_of_sigma_and_delta_is_their_own(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "--sigma SIGMA type 4: standard deviation of the noise (default: 0.01)" in text
-    assert "--delta DELTA type 5: step along the similarity's gradient (default: 0.01)" in text
+    assert "--sigma X type 4: standard deviation of the noise (>= 0; default: 0.01)" in text
+    assert "--delta X type 5: step along the similarity's gradient (>= 0; default: 0.01)" in text
 
 
-def test_the_parser_knows_no_abbreviations():
-    parser = options.Parser("")
-    parser.add_argument("--batch-size")
-    with pytest.raises(UserError, match="unrecognized arguments: --batch 3"):
-        parser.parse_args(["--batch", "3"])
+OTHERS = ("method", "synthetic negatives")  # groups that the classifiers have no flags in, but for a normal run's
+
+
+@pytest.mark.parametrize("program", OWN, ids=lambda program: program.__name__)
+def test_forty_lines_of_help_are_enough_for_a_normal_run(program, capsys):
+    with pytest.raises(SystemExit):
+        program.flags().parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(" [flags] DATA") and not lines[1] and max(map(len, lines)) <= 120
+    assert "a normal run:" in lines[:40]
+    names = "DATA --arch --epochs --batch-size --lr --cos --mlp --moco-t --aug-plus --method --amp --knn-freq --resume"
+    if program is not main_synco:
+        names = "DATA --pretrained --arch --epochs --batch-size --lr --wd --amp --resume"
+    for name in (*names.split(), "--multiprocessing-distributed", "--save-dir"):
+        assert any(name in line for line in lines[lines.index("a normal run:") : 40]), name
+    titles = [line.removesuffix(":") for line in lines[lines.index("a normal run:") + 1 :] if re.match(r"\w", line)]
+    assert titles == [name for name in GROUPS if program is main_synco or name not in OTHERS]
+
+
+def test_help_has_every_flag_once_with_its_range(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--help")
+    text = capsys.readouterr().out
+    flags = main_synco.flags()
+    for action in flags._actions:
+        names = ", ".join(action.option_strings) or "DATA"
+        assert len(re.findall(rf"^  {names}(?= |$)", text, re.M)) == 1, names
+    words = " ".join(text.split())
+    for line in (
+        "--moco-m X momentum of the key encoder (>= 0 and <= 1; default: 0.999)",
+        "-b, --batch-size N per node, shared by its processes (>= 1; default: 256)",
+        "--schedule [N ...] epochs that divide the lr by 10 (>= 0; default: 120 160)",
+        "--crop-scale MIN,MAX crop area (unset: 0.2,1; heavy: 0.5,1) (0 < MIN <= MAX <= 1)",
+        "0,0.5,1,2,2,2 (>= 0; default: 10)",
+        "--clip-grad NORM largest norm of the gradient (> 0)",
+    ):
+        assert line in words
+
+
+def test_second_names_mean_the_published_flags(monkeypatch):
+    for second, published in (
+        ("--synth-start 0,0.5,1,2,2,2", "--warmup-epochs 0,0.5,1,2,2,2"),
+        ("--aug v1", ""),
+        ("--aug v2 --blur", "--aug-plus --blur"),
+        ("--aug heavy", "--aug-heavy"),
+        ("--aug v2 --aug-plus", "--aug-plus"),
+        ("--aug heavy --method mochi", "--aug-heavy --method mochi"),
+    ):
+        assert vars(parse(monkeypatch, f"{second} D")) == vars(parse(monkeypatch, f"{published} D"))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--aug v1 --aug-plus", "--aug heavy --aug-plus", "--aug v1 --aug-heavy", "--aug v2 --aug-heavy"]
+)
+def test_contradicting_names_of_the_augmentation(monkeypatch, flags):
+    _, kind, other = flags.split()
+    with pytest.raises(UserError, match=f"^--aug {kind} and {other} contradict each other$"):
+        parse(monkeypatch, f"{flags} D")
 
 
 @pytest.mark.parametrize(
