@@ -168,11 +168,13 @@ def logistic(
     dtype = torch.float64 if rows.device.type == "cpu" else torch.float32
     classes, targets = labels.unique(return_inverse=True)
     mean, scale = _moments(rows, dtype)
-    x = (rows.to(dtype) - mean) / scale
+    x = (rows.to(dtype) - mean).div_(scale)
     # along the features' principal axes, each weight in units in which the loss has the curvature 1 at weight 0:
     # L-BFGS is there in tens of steps, where along the features themselves it takes hundreds
     variances, axes = torch.linalg.eigh(sum(part.T.double() @ part.double() for part in x.split(CHUNK)) / len(x))
-    axes, x = axes.to(dtype), torch.cat([part @ axes.to(dtype) for part in x.split(CHUNK)])
+    axes = axes.to(dtype)
+    for part in x.split(CHUNK):
+        part.copy_(part @ axes)
     weight, bias = x.new_zeros(len(classes), x.shape[1]), x.new_zeros(len(classes))
     for strength in strengths:
         unit = (variances.clamp(min=0) / len(classes) + strength).rsqrt().to(dtype)  # (D,)
