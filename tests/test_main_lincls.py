@@ -532,12 +532,13 @@ def test_stem_and_statistics_come_from_the_checkpoint(program, programs, tool, d
     common = ["-a", "resnet18", "-j", 0, "-b", 8, "--epochs", 1, "--pretrained", path]
     for name, more in (("main_lincls", ["--lr", 0.001]), ("main_semisup", ["--lr-classifier", 0.001])):
         status, out, err = programs(name, *common, *more, "--save-dir", tmp_path / name, data)
-        assert (status, err) == (0, ""), err
+        # the features of so few steps may be far too large for any rate, which is told
+        assert status == 0 and all("the loss has grown" in line for line in err.splitlines()), err
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert (config["stem"], config["stats"], config["img_size"]) == ("cifar", "cifar10", 32)
     more = ["--lr", 0.001, "--stats", "imagenet"]
     status, _, err = programs("main_lincls", *common, *more, "--save-dir", tmp_path / "x", data)
-    assert status == 0 and err == f"main_lincls.py: warning: --stats imagenet: {path} is of a run with cifar10\n"
+    assert status == 0 and f"main_lincls.py: warning: --stats imagenet: {path} is of a run with cifar10\n" in err
     status, _, err = programs("main_lincls", *common, "--stem", "imagenet", "--save-dir", tmp_path / "y", data)
     assert status == 2 and err.count("\n") == 1 and "conv1.weight" in err and "(64, 3, 3, 3)" in err
 

@@ -663,8 +663,8 @@ def test_bad_checkpoints(undisturbed, data, tmp_path, program):
 def test_contradicting_settings_are_listed(undisturbed, data, tmp_path, program):
     flags = [*SMALL, "--resume", undisturbed[0] / "checkpoint_0000.pth.tar", "--save-dir", tmp_path / "r"]
     for more, message in (
-        ("--moco-k 128 --moco-dim 8 --n2 9", "moco_dim 16 → 8; moco_k 64 → 128; n2 3 → 9\n"),
-        ("--lr 1 --n2 9 --force-resume", "lr 0.03 → 1.0; n2 3 → 9 (--force-resume lets lr change)\n"),
+        ("--moco-k 128 --moco-dim 8 --n2 9", "n2 3 → 9; moco_dim 16 → 8; moco_k 64 → 128\n"),
+        ("--lr 1 --n2 9 --force-resume", "n2 3 → 9; lr 0.03 → 1.0 (--force-resume lets lr change)\n"),
         ("--moco-t 0.1 --force-resume", "moco_t 0.07 → 0.1\n"),
     ):
         message = f"is of a run with other settings: {message}"
