@@ -16,12 +16,16 @@ GPU = $(shell $(BIN)/python -c 'import torch; print("1" * torch.cuda.is_availabl
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh runs/demo
 
+# one more at a time than there are cores, as many wait for processes
+SIDE_BY_SIDE = -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal
+
 test: .venv/installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(if $(GPU),$(BIN)/python -m pytest tests/gpu,$(DRY))
 
 # the checks themselves are tested, but for what takes long
-DRY = @echo "make test: no GPU here: tests/gpu runs dry, on the CPU" && $(BIN)/python -m pytest tests/gpu --dry -m "not slow"
+DRY = @echo "make test: no GPU here: tests/gpu runs dry, on the CPU" && \
+      $(BIN)/python -m pytest tests/gpu --dry -m "not slow" $(SIDE_BY_SIDE)
 
 test-gpu: .venv/installed
 	$(if $(GPU),$(BIN)/python -m pytest tests/gpu,$(error torch finds no GPU on this machine))

@@ -3,9 +3,10 @@
   python -m synco.evaluate CHECKPOINT DATA
   python -m synco.evaluate CHECKPOINT DATA --compare OTHER --features FOLDER -o evaluation.json
 
-CHECKPOINT, OTHER: of SynCo, MoCo, a classifier or torchvision's own weights, or 'random' for untrained ones. DATA holds
-train/CLASS/IMAGE and val/CLASS/IMAGE. The features of both are computed once; with --features they are kept for the
-next time and for other programs, and --features-only stops there. Several processes: torchrun -m synco.evaluate ...
+CHECKPOINT, OTHER: of SynCo, MoCo, a classifier or torchvision's own weights, or 'random' for untrained ones, beside a
+checkpoint of its network. DATA holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features of both are computed once; with
+--features they are kept for the next time and for other programs, and --features-only stops there. Several processes:
+torchrun -m synco.evaluate ...
 
 The logistic regression is trained on the stored features of the images' centres, with an L2 penalty chosen on a tenth
 of the training images: it is not the published linear probe, which sees augmented views (main_lincls.py).
@@ -108,7 +109,7 @@ def run(process: Process, args: argparse.Namespace) -> None:
     if args.cache_images:
         cache.keep([train, val], process)
     paths = [args.checkpoint] + [args.compare] * (args.compare is not None)
-    models = [features.open_backbone(args, path, process.device) for path in paths]
+    models = open_models(args, paths, process.device)
     for model in models:
         say(f"{'checkpoint':18} {model.source}; {model.arch} at {model.img_size} pixels")
     if len({model.img_size for model in models}) > 1:
@@ -127,6 +128,17 @@ def run(process: Process, args: argparse.Namespace) -> None:
         except OSError as error:
             raise Failure(f"-o {args.output}: cannot be written ({error.strerror})") from error
         say(f"written: {args.output}")
+
+
+def open_models(args: argparse.Namespace, paths: list[str], device: torch.device) -> list[Backbone]:
+    """The backbones of these paths; an untrained one is like the checkpoint beside it, but for what flags say."""
+    models, like = {}, args
+    for path in sorted(paths, key=lambda path: path == "random"):
+        models[path] = model = features.open_backbone(like, path, device)
+        if "random" in paths:
+            unset = [name for name in ("arch", "stem", "img_size", "stats") if getattr(args, name) is None]
+            like = argparse.Namespace(**vars(args) | {name: getattr(model, name) for name in unset})
+    return [models[path] for path in paths]
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -143,7 +143,10 @@ class Loader(DataLoader):
 
     def _failure(self, error):
         """What an error in the wait for a batch says of the workers; they are ended."""
-        multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=5)  # until one is dead
+        ended = multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=5)
+        for worker in self.workers:
+            if worker.sentinel in ended:
+                worker.join()  # its sentinel is there a moment before its exit status
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         why = self.why or self._dead() or f"the workers of the DataLoader were lost ({last})"
         for worker in self.workers:

@@ -91,8 +91,8 @@ def test_two_checkpoints(programs, pretrained, many, tmp_path):
     assert status == 0 and "they differ" not in out
     same = json.loads((tmp_path / "e.json").read_text())["differences"].values()
     assert all((d["difference"], d["low"], d["high"], d["differ"]) == (0, 0, 0, False) for d in same)
-    status, out, err = programs("synco.evaluate", *words, "random", "-a", ARCH)
-    assert status == 0, err
+    status, out, err = programs("synco.evaluate", *words, "random")
+    assert status == 0 and f"random weights, seed 0; {ARCH} at 32 pixels" in out, err
     found = json.loads((tmp_path / "e.json").read_text())
     one, other = (checkpoint["accuracies"] for checkpoint in found["checkpoints"])
     for name, d in found["differences"].items():
