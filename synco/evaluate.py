@@ -4,9 +4,9 @@
   python -m synco.evaluate CHECKPOINT DATA --compare OTHER --features FOLDER -o evaluation.json
 
 CHECKPOINT, OTHER: of SynCo, MoCo, a classifier or torchvision's own weights, or 'random' for untrained ones, beside a
-checkpoint of its network. DATA holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features of both are computed once; with
---features they are kept for the next time and for other programs, and --features-only stops there. Several processes:
-torchrun -m synco.evaluate ...
+checkpoint of its network. DATA holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features of both are computed once;
+with --features they are kept for the next time and for other programs, and --features-only stops there. Several
+processes: torchrun -m synco.evaluate ...
 
 The logistic regression is trained on the stored features of the images' centres, with an L2 penalty chosen on a tenth
 of the training images: it is not the published linear probe, which sees augmented views (main_lincls.py).
