@@ -13,11 +13,12 @@ from synco.errors import UserError, one_line
 
 WEIGHTS, CONFIG, README = FILES = ("model.safetensors", "config.json", "README.md")
 # the settings of a run that a card lists, as far as the checkpoint has them
-DATA = "dataset data train_images limit_images hold_out img_size stats".split()
+DATA = "dataset data train_images limit_images hold_out split_seed img_size stats".split()
 RECIPE = (
-    "epochs steps global_batch processes optimizer lr momentum weight_decay cos schedule lr_min lr_warmup_epochs "
-    "clip_grad aug_plus aug_heavy blur crop_scale mlp moco_dim moco_k moco_m moco_t symmetric mask_same_image stem "
-    "bn_splits sync_bn amp n_hard n1 n2 n3 n4 n5 n6 alpha beta gamma sigma delta eta warmup_epochs cooldown_epochs seed"
+    "init_from fill_queue epochs steps global_batch processes optimizer lr momentum weight_decay cos schedule lr_min "
+    "lr_warmup_epochs lr_warmup clip_grad aug_plus aug_heavy blur crop_scale augment_on mlp moco_dim moco_k moco_m "
+    "moco_t symmetric mask_same_image stem bn_splits sync_bn amp tf32 channels_last compile n_hard n1 n2 n3 n4 n5 n6 "
+    "n_copied alpha beta gamma sigma delta eta warmup_epochs cooldown_epochs seed"
 ).split()
 # what the result of a program is called, by a part of the program's name
 RESULTS = {"lincls": "linear probe", "semisup": "training on labels"}
@@ -45,19 +46,27 @@ def check_folder(folder: str, *, force: bool) -> None:
 def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any]]:
     """The results in these files, which must be of the checkpoint `path`, whose SHA-256 is the digest.
 
-    Raises UserError that names a file which is of another checkpoint, or no result.json.
+    A file is a result.json of a trial, or of synco.evaluate, which may have another checkpoint beside this one; each
+    accuracy of the latter is a result of its own, with a `kind`.
+    Raises UserError that names a file which is of another checkpoint, or neither of the two.
     """
     results = []
     for name in paths:
         if not os.path.isfile(name):
             raise UserError(f"--results {name}: no such file")
-        result = files.read_json(name)
-        if not isinstance(result.get("top1"), float) or "checkpoint_sha256" not in result:
-            raise UserError(f"--results {name}: is not a result.json of main_lincls.py or main_semisup.py")
-        if result["checkpoint_sha256"] != digest:
-            other = f"{result.get('checkpoint')}, SHA-256 {str(result['checkpoint_sha256'])[:12]}..."
-            raise UserError(f"--results {name}: is of another checkpoint ({other}) than {path} ({digest[:12]}...)")
-        results.append(result)
+        content = files.read_json(name)
+        entries = content.get("checkpoints", [content])
+        try:
+            of = {entry["checkpoint_sha256"]: entry for entry in entries}
+            found = of.get(digest, {})
+            accuracies = found.get("accuracies", {None: found} if found else {})
+            results += [content | one | {"kind": kind, "top1": float(one["top1"])} for kind, one in accuracies.items()]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            programs = "main_lincls.py, main_semisup.py or synco.evaluate"
+            raise UserError(f"--results {name}: is not what {programs} writes") from error
+        if digest not in of:
+            others = ", ".join(f"{one.get('checkpoint')}, SHA-256 {str(sha)[:12]}..." for sha, one in of.items())
+            raise UserError(f"--results {name}: is of another checkpoint ({others}) than {path} ({digest[:12]}...)")
     return results
 
 
@@ -203,8 +212,8 @@ def _table(config, names):
         known.pop("schedule", None)
     if not known:
         return "The checkpoint does not say."
-    if "data" in known:  # the folder's name, not where it lies
-        known["data"] = os.path.basename(os.path.abspath(str(known["data"])))
+    for name in known.keys() & {"data", "init_from"}:  # not where they lie
+        known[name] = os.path.basename(os.path.abspath(str(known[name])))
     return "\n".join(["| setting | |", "| --- | --- |", *(f"| {_plain(k)} | {_plain(v)} |" for k, v in known.items())])
 
 
@@ -219,8 +228,11 @@ def _results_table(results):
     for result in results:
         command = str(result.get("command", ""))
         program = os.path.basename(command.partition(" ")[0])
-        kind = next((words for part, words in RESULTS.items() if part in program), "classifier")
+        kind = result["kind"] or next((words for part, words in RESULTS.items() if part in program), "classifier")
+        top1 = f"{result['top1']:.2f} %"
+        if {"low", "high"} <= result.keys():
+            top1 += f" (95 %: {result['low']:.2f} to {result['high']:.2f})"
         top5 = f"{result['top5']:.2f} %" if isinstance(result.get("top5"), float) else ""
-        cells = [kind, f"{result['top1']:.2f} %", top5, _plain(result.get("val_images", "")), _code(command)]
+        cells = [_plain(kind), top1, top5, _plain(result.get("val_images", "")), _code(command)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -123,8 +123,9 @@ def run(process: Process, args: argparse.Namespace) -> None:
     table = tabulate(results, paths, args.seed)
     print_table(table, results, len(val))
     if args.output:
+        facts = {"val_images": len(val), "settings": settings(args)} | metrics.origin()
         try:
-            files.write_json(args.output, table | {"settings": settings(args)} | metrics.origin())
+            files.write_json(args.output, table | facts)
         except OSError as error:
             raise Failure(f"-o {args.output}: cannot be written ({error.strerror})") from error
         say(f"written: {args.output}")
@@ -290,7 +291,8 @@ def tabulate(results: list[Result], paths: list[str], seed: int) -> dict:
         accuracies = {name: entry(hits) for name, hits in result.hits.items()}
         for name, strength in result.strengths.items():
             accuracies[name]["l2"] = strength
-        found.append({"path": path} | result.facts | {"accuracies": accuracies})
+        digest = None if path == "random" else files.sha256(path)
+        found.append({"path": path, "checkpoint_sha256": digest} | result.facts | {"accuracies": accuracies})
     table = {"checkpoints": found}
     if len(results) == 2:
         differences = {}

@@ -36,7 +36,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--with-head", action="store_true", help="the head too, under its own names (fc.0.weight ...)")
     parser.add_argument("--card", metavar="FOLDER", help="write a model card there, in place of OUT")
     parser.add_argument(
-        "--results", nargs="+", default=[], metavar="FILE", help="with --card: the checkpoint's result.json files"
+        "--results",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="with --card: result.json files, and what synco.evaluate -o wrote",
     )
     args = parser.parse_args()
     if args.output is None and args.card is None:

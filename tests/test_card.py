@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import ARCH, make_pretrained
 
-from synco import export, files
+import main_synco
+from synco import card, export, files
 from synco.networks import features
 
 timm = pytest.importorskip("timm", minversion="1.0.16")
@@ -73,6 +74,29 @@ def test_what_it_says(trained, tool, tmp_path):
     assert "someone" not in text
 
 
+def test_an_evaluations_accuracies(trained, tool, tmp_path):
+    """Of this checkpoint alone, where it is of two."""
+    folder, _ = trained
+    of = [{"checkpoint_sha256": files.sha256(folder / name)} for name in ("bare.tar", "ours.tar")]
+    accuracies = {"knn k=10 t=0.1": {"top1": 61.0, "low": 58.25, "high": 63.5}, "logistic 1 %": {"top1": 40.0}}
+    of[0]["accuracies"], of[1]["accuracies"] = {"knn k=10 t=0.1": {"top1": 99.0}}, accuracies
+    path = tmp_path / "evaluation.json"
+    files.write_json(path, {"checkpoints": of, "val_images": 50, "command": "evaluate.py x"})
+    words = [folder / "ours.tar", "--card", tmp_path / "card", "--results", path, folder / "mine.json"]
+    assert tool(export, *words)[0] == 0
+    lines = (tmp_path / "card" / "README.md").read_text().splitlines()
+    assert "| knn k=10 t=0.1 | 61.00 % (95 %: 58.25 to 63.50) |  | 50 | `evaluate.py x` |" in lines
+    assert "| logistic 1 % | 40.00 % |  | 50 | `evaluate.py x` |" in lines
+    assert "| linear probe | 67.12 % | 88.00 % | 500 | `main_lincls.py --lr 30` |" in lines
+    assert "99.00" not in "".join(lines)
+
+
+def test_settings_that_decide_a_run_are_listed():
+    """All but the network, which is the title, and --aug, which stands in other settings."""
+    decisive = {name for name, kind in main_synco.flags().kinds.items() if kind in ("identity", "schedule")}
+    assert decisive - {*card.DATA, *card.RECIPE} == {"arch", "aug"}
+
+
 def test_a_checkpoint_that_says_nothing(trained, tool, tmp_path):
     """As the published ones."""
     folder, _ = trained
@@ -124,7 +148,7 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
         ([ours, "--card", "file"], "--card file: is not a folder"),
         ([ours, "--card", "no/card"], f"--card no/card: there is no folder {tmp_path}/no"),
         ([ours, "--card", "new", "--results", "missing.json"], "--results missing.json: no such file"),
-        ([ours, "--card", "new", "--results", "none.json"], "--results none.json: is not a result.json"),
+        ([ours, "--card", "new", "--results", "none.json"], "--results none.json: is not what main_lincls.py"),
         (
             [ours, "--card", "new", "--results", str(folder / "mine.json"), str(folder / "other.json")],
             f"{folder}/other.json: is of another checkpoint (bare.tar, SHA-256 ",

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from conftest import ARCH, know_images, make_images, make_pretrained, processes
 
-from synco import augment, datasets, evaluate
+from synco import augment, card, datasets, evaluate
 from synco.distributed import Process
 
 FLAGS = "--img-size 32 -j 0 -b 16".split()
@@ -77,6 +77,8 @@ def test_the_table(programs, pretrained, many, tmp_path):
     views = [view / np.linalg.norm(view, axis=1, keepdims=True) for view in views]
     assert one["alignment"] == pytest.approx(((views[0] - views[1]) ** 2).sum(axis=1).mean(), rel=1e-6)
     assert one["accuracies"]["logistic 100 %"]["l2"] in evaluate.measures.STRENGTHS
+    results = card.read_results([tmp_path / "e.json"], pretrained, one["checkpoint_sha256"])
+    assert {(row["kind"], row["top1"]) for row in results} == {(n, e["top1"]) for n, e in one["accuracies"].items()}
     assert "k = 100 and 200: train has 60 images, and all of them vote" in out
     assert "not the published linear probe" in out and one["collapse"] in out
     status, again, _ = programs("synco.evaluate", *words)
