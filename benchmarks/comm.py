@@ -86,11 +86,12 @@ def work(rank, world, args, store, results):
 
 def main(args):
     found = {}
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     for world in args.worlds:
         results = context.SimpleQueue()
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(work, (world, args, os.path.join(folder, "store"), results), nprocs=world)
+            words = world, args, os.path.join(folder, "store"), results
+            mp.start_processes(work, words, nprocs=world, start_method="forkserver")
         shuffle, keys, gather = results.get()
         found[world] = {"shuffle": shuffle, "keys": keys, "all_gather": gather, "ratio": shuffle / gather}
     if args.json:

@@ -210,10 +210,11 @@ def check(W: int, steps: int) -> dict[str, dict[str, tuple[float, float]]]:
 
     Of gradients what is counted is what DDP hands over, to which the ring's factor is applied.
     """
-    context, compared = mp.get_context("spawn"), {}
+    context, compared = mp.get_context("forkserver"), {}
     results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(count, (W, os.path.join(folder, "store"), steps, results), nprocs=W)
+        words = W, os.path.join(folder, "store"), steps, results
+        mp.start_processes(count, words, nprocs=W, start_method="forkserver")
     means, weights = results.get()
     for amp, found in zip(("off", "bf16"), means):
         expected = received(W, images=8, size=16, bytes_each=4 if amp == "off" else 2, weights=weights, dim=16)

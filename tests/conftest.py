@@ -67,7 +67,7 @@ def data(tmp_path_factory):
 def undisturbed(data, tmp_path_factory):
     """A pretraining of two epochs of three steps through the real command line → (folder, CompletedProcess)."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    return folder, command("main_synco.py", *SMALL, "--knn-freq", 1, "--save-dir", folder, data)
+    return folder, script("main_synco", *SMALL, "--knn-freq", 1, "--save-dir", folder, data)
 
 
 def as_the_programs_own():
@@ -317,6 +317,13 @@ def _run_program(path, flags, env, pipes):
 def without_launcher():
     """The environment, less what a launcher of these tests has set."""
     return {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+
+
+def script(name, *flags):
+    """A script of the repository, from its command line to its end, in a fork → CompletedProcess with its texts."""
+    run = Fork(ROOT / f"{name}.py", *flags, env=without_launcher())
+    out, err = run.communicate()
+    return subprocess.CompletedProcess(flags, run.returncode, out, err)
 
 
 def start_ranks(world_size, name, *flags):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ARCH, command, cut_at, program_of
+from conftest import ARCH, cut_at, program_of, script
 from test_main_lincls import BEST, LAST, lines_of, refused, result
 
 from synco import checkpoint
@@ -22,7 +22,7 @@ def several(data, pretrained, tmp_path_factory):
     """A probe with three rates through the real command line → (folder, CompletedProcess)."""
     folder = tmp_path_factory.mktemp("heads") / "several"
     flags = [*FLAGS, "--pretrained", pretrained, "--save-dir", folder, "--lr", *RATES, data]
-    return folder, command("main_lincls.py", *flags)
+    return folder, script("main_lincls", *flags)
 
 
 def head_of(content, name):

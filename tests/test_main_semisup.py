@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCH, command, cut_at, make_images, program_of
+from conftest import ARCH, cut_at, make_images, program_of, script
 from PIL import Image
 from test_main_lincls import equal, lines_of, refused, result
 
@@ -22,7 +22,7 @@ LAST, BEST = "checkpoint_semisup.pth.tar", "model_best_semisup.pth.tar"
 def tuned(data, pretrained, tmp_path_factory):
     """A fine-tuning of three epochs through the real command line → (folder, CompletedProcess)."""
     folder = tmp_path_factory.mktemp("runs") / "tuned"
-    return folder, command("main_semisup.py", *TUNE, "--pretrained", pretrained, "--save-dir", folder, data)
+    return folder, script("main_semisup", *TUNE, "--pretrained", pretrained, "--save-dir", folder, data)
 
 
 def backbone(path):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ARCH, SMALL, command, cut_at, free_port, make_images, program_of
+from conftest import ARCH, SMALL, cut_at, free_port, make_images, program_of, script
 
 import main_synco
 from synco import checkpoint, metrics
@@ -214,7 +214,7 @@ def test_spawn_and_torchrun_are_the_same_run(undisturbed, data, tmp_path):
     flags = [*SMALL, "--knn-freq", "2", data]
     url = f"tcp://localhost:{free_port()}"
     published = f"--dist-url {url} --multiprocessing-distributed --world-size 1 --rank 0 --nproc-per-node 2".split()
-    spawn = command("main_synco.py", *published, "--save-dir", tmp_path / "spawn", *flags, env={"OMP_NUM_THREADS": "1"})
+    spawn = script("main_synco", *published, "--save-dir", tmp_path / "spawn", *flags)
     assert spawn.returncode == 0 and spawn.stderr == "", spawn.stderr
     statuses, out, err = program_of(2, "main_synco", "--save-dir", tmp_path / "torchrun", *flags)
     assert statuses == [0, 0], err
