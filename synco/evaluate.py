@@ -5,14 +5,17 @@
 
 CHECKPOINT, OTHER: of SynCo, MoCo, a classifier or torchvision's own weights, or 'random' for untrained ones, beside a
 checkpoint of its network. DATA holds train/CLASS/IMAGE and val/CLASS/IMAGE. The features of both are computed once;
-with --features they are kept for the next time and for other programs, and --features-only stops there. Several
-processes: torchrun -m synco.evaluate ...
+with --features they are kept for other programs and, with what was found of them, for the next time; --features-only
+stops there. Several processes: torchrun -m synco.evaluate ...
 
 The logistic regression is trained on the stored features of the images' centres, with an L2 penalty chosen on a tenth
 of the training images: it is not the published linear probe, which sees augmented views (main_lincls.py).
 """
 
 import argparse
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,11 +45,37 @@ MEASURES = {
 
 @dataclass
 class Result:
-    """What was found of one checkpoint. hits: {measure: which val images it got right (M,)}; facts: what else."""
+    """What was found of one checkpoint.
 
-    facts: dict
+    hits: {measure: which val images it got right (M,)}; strengths: {measure: the L2 chosen}; facts: what else.
+    """
+
+    facts: dict = field(default_factory=dict)
     hits: dict[str, np.ndarray] = field(default_factory=dict)
     strengths: dict[str, float] = field(default_factory=dict)
+
+    def save(self, path: str) -> None:
+        """Write it as JSON with its SHA-256, whole or not at all. Raises OSError if it cannot be written."""
+        hits = {name: np.packbits(right).tobytes().hex() for name, right in self.hits.items()}
+        content = {"facts": self.facts, "hits": hits, "strengths": self.strengths}
+        files.write_json(path, content | {"sha256": _sha256(content)})
+
+    @classmethod
+    def load(cls, path: str, count: int) -> "Result | None":
+        """What `save` wrote, of that many val images; None where there is none, or it is damaged."""
+        try:
+            content = files.read_json(path)
+        except UserError:
+            return None
+        if content.pop("sha256", None) != _sha256(content):
+            return None
+        packed = {name: np.frombuffer(bytes.fromhex(bits), np.uint8) for name, bits in content["hits"].items()}
+        hits = {name: np.unpackbits(bits, count=count).astype(bool) for name, bits in packed.items()}
+        return cls(content["facts"], hits, content["strengths"])
+
+
+def _sha256(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -82,10 +111,7 @@ def flags() -> options.Parser:
 
 def parse() -> argparse.Namespace:
     """The flags of the command line, checked."""
-    args = flags().parse_args()
-    options.check_data(args)
-    if args.features == "":
-        raise UserError("--features '': must name a folder")
+    args = features.parse(flags())
     if args.features_only and args.features is None:
         raise UserError("--features-only writes into --features FOLDER; give it")
     if args.features_only and args.output:
@@ -195,13 +221,40 @@ def evaluate(
         return None
     viewed = val.subset(features.spread(len(val), VIEWED).tolist())
     views = [Split(store.features(model, viewed, f"view{i}", crop=i, seed=args.seed), None, device) for i in (0, 1)]
-    result = Result({"checkpoint": model.source, "arch": model.arch, "img_size": model.img_size})
-    result.facts["weights_sha256"] = model.sha256()
+    path = os.path.join(store.folder, f"result-{result_key([*splits, *views], parts, args.seed)}.json")
+    result = distributed.from_rank_0(Result.load(path, len(val)) if store.process.rank == 0 else None)
+    if result is None:
+        result = compute(*splits, views, parts, store, args.seed)
+        try:
+            if store.process.rank == 0:
+                result.save(path)
+        except OSError as error:
+            distributed.warn(f"{path}: cannot be written ({error.strerror}); the next call computes it anew")
+    elif store.kept:
+        say(f"{'numbers':18} there already, in {path}")
+    about = {"checkpoint": model.source, "arch": model.arch, "img_size": model.img_size}
+    result.facts = about | {"weights_sha256": model.sha256()} | result.facts
+    return result
+
+
+def result_key(splits: list[Split], parts: list, seed: int) -> str:
+    """What a result is known by: a digest of all that it depends on, this code and the libraries' versions among it."""
+    about = [seed, splits[0].device.type, torch.__version__, np.__version__]
+    about += [files.sha256(module) for module in (__file__, features.__file__, knn.__file__, measures.__file__)]
+    about += [[percent, hashlib.sha256(positions).hexdigest()] for percent, positions, _ in parts]
+    for folder in (os.path.dirname(split.rows.filename) for split in splits):  # its name says of which weights, images
+        about += [os.path.basename(folder), files.sha256(os.path.join(folder, "checks.npy"))]
+    return _sha256(about)[:16]
+
+
+def compute(train: Split, val: Split, views: list[Split], parts: list, store: Store, seed: int) -> Result:
+    """The numbers of stored features, the same in every process. Every process must call this."""
+    result = Result()
     if parts:
-        result.hits |= neighbours(*splits, len(train.classes), store.process)
+        result.hits |= neighbours(train, val, store.process)
         features.leave_if_warned("the features are kept" if store.kept else "nothing was written")
-    tasks = [lambda: describe(*splits, views)]
-    tasks += [regression(*splits, percent, positions, args.seed) for percent, positions, _ in parts]
+    tasks = [lambda: describe(train, val, views)]
+    tasks += [regression(train, val, percent, positions, seed) for percent, positions, _ in parts]
     for facts, hits, strengths in shared(tasks, store.process):
         result.facts |= facts
         result.hits |= hits
@@ -220,8 +273,9 @@ def shared(tasks: list[Callable], process: Process) -> list:
     return [every[i] for i in range(len(tasks))]
 
 
-def neighbours(train: Split, val: Split, classes: int, process: Process) -> dict[str, np.ndarray]:
+def neighbours(train: Split, val: Split, process: Process) -> dict[str, np.ndarray]:
     """{"knn k=... t=...": which val images weighted kNN gets right}. Every process must call this."""
+    classes = int(train.labels.max()) + 1
     similarity, rows = knn.search(train.rows, val.rows, max(NEIGHBOURS), process)
     first = len(val.rows) * process.rank // process.world_size
     found = {}

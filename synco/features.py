@@ -33,6 +33,7 @@ from synco.workers import Loader
 FORMAT = 1
 DTYPES = ("float32", "float16")
 TOLD_EVERY = 30  # seconds
+STATED = 256  # files that a thread looks at in one go
 
 
 @dataclass(frozen=True)
@@ -316,6 +317,15 @@ def add_features(parser: options.Parser) -> None:
     parser.set_defaults(arch=None)  # what the checkpoint was trained with
 
 
+def parse(parser: options.Parser) -> argparse.Namespace:
+    """The command line by a parser with `options.add_data` and `add_features`, whose flags are checked."""
+    args = parser.parse_args()
+    options.check_data(args)
+    if args.features == "":
+        raise UserError("--features '': must name a folder")
+    return args
+
+
 def labels_of(images: datasets.Images) -> np.ndarray | None:
     """(M,) int64 the images' labels, or None where they have none."""
     return np.asarray(images.targets, dtype=np.int64) if images.classes and images.targets is not None else None
@@ -342,15 +352,18 @@ def _digest(images):
     labels = labels_of(images)
     digest.update(b"" if labels is None else labels.tobytes())
 
-    def state(position):
-        path = images.file(position)
-        with contextlib.suppress(OSError):  # reading it will say so
-            status = os.stat(path) if path else None
-            return (status.st_size, status.st_mtime_ns) if status else (0, 0)
-        return 0, 0
+    def states(start):
+        found = np.zeros((min(STATED, len(images) - start), 2), dtype=np.int64)
+        for i in range(len(found)):
+            with contextlib.suppress(OSError):  # reading it will say so
+                if path := images.file(start + i):
+                    status = os.stat(path)
+                    found[i] = status.st_size, status.st_mtime_ns
+        return found
 
     with ThreadPoolExecutor(16) as threads:  # while one waits for a network's disk, others ask on
-        digest.update(np.array(list(threads.map(state, range(len(images)))), dtype=np.int64).tobytes())
+        for found in threads.map(states, range(0, len(images), STATED)):
+            digest.update(found)
     return digest.hexdigest()
 
 

@@ -93,10 +93,7 @@ def flags() -> options.Parser:
 
 def parse() -> argparse.Namespace:
     """The flags of the command line, checked."""
-    args = flags().parse_args()
-    options.check_data(args)
-    if args.features == "":
-        raise UserError("--features '': must name a folder")
+    args = features.parse(flags())
     if not args.output.endswith((".html", ".htm")):
         raise UserError(f"-o {args.output}: must end in .html")
     files.check_output(args.output, f"-o {args.output}")

@@ -1,6 +1,8 @@
 """The evaluation's table against NumPy from the stored features, in one process and in several."""
 
+import errno
 import json
+import os
 import shutil
 import unittest.mock
 
@@ -83,8 +85,72 @@ def test_the_table(programs, pretrained, many, tmp_path):
     assert "k = 100 and 200: train has 60 images, and all of them vote" in out
     assert "not the published linear probe" in out and one["collapse"] in out
     status, again, _ = programs("synco.evaluate", *words)
-    assert status == 0 and again.count("there already") == 4
+    assert status == 0 and again.count("there already") == 5
     assert json.loads((tmp_path / "e.json").read_text()) == found
+
+
+def test_numbers_are_found_once(programs, pretrained, many, tmp_path, monkeypatch):
+    """And anew where anything that they depend on is another, or where what is kept of them is damaged."""
+    counts, compute = [0], evaluate.compute
+
+    def counting(*settings):
+        counts[0] += 1
+        return compute(*settings)
+
+    monkeypatch.setattr(evaluate, "compute", counting)
+    regression = {}, {"logistic 1 %": np.arange(21) % 3 == 0}, {"logistic 1 %": 0.1}  # without the time it takes
+    monkeypatch.setattr(evaluate, "regression", lambda *settings: lambda: regression)
+
+    def ask(checkpoint=pretrained, data=many, seed=0):
+        """The table, and how often the numbers were computed for it."""
+        counts[0] = 0
+        words = [checkpoint, data, *FLAGS, "--features", tmp_path / "f", "-o", tmp_path / "e.json", "--seed", seed]
+        status, out, err = programs("synco.evaluate", *words)
+        assert (status, err) == (0, "") and out.count("numbers            there already") == 1 - counts[0]
+        return json.loads((tmp_path / "e.json").read_text()), counts[0]
+
+    first, times = ask()
+    assert times == 1 and ask() == (first, 0)
+    (path,) = (tmp_path / "f").glob("result-*.json")
+    saved = path.read_bytes()
+    for damaged in (b"", saved[:-40], saved.replace(b"rankme", b"rankmi"), b"{}", b"[1]"):
+        path.write_bytes(damaged)
+        assert ask() == (first, 1) and path.read_bytes() == saved
+
+    same = tmp_path / "same.pth.tar"  # another file with the same weights
+    torch.save(torch.load(pretrained, weights_only=True) | {"epoch": 7}, same)
+    found, times = ask(same)
+    assert times == 0 and found["checkpoints"][0].pop("path") == str(same)
+    assert "7 epochs" in found["checkpoints"][0]["checkpoint"]
+    state = torch.load(pretrained, weights_only=True)
+    state["state_dict"]["module.encoder_q.conv1.0.weight"][0, 0, 0, 0] += 1
+    torch.save(state, tmp_path / "other.pth.tar")
+    assert ask(tmp_path / "other.pth.tar")[1] == 1
+    assert ask(seed=1)[1] == 1 and ask(seed=1)[1] == 0
+    images = shutil.copytree(many, tmp_path / "images")
+    assert ask(data=images)[1] == 1 and ask(data=images)[1] == 0
+    for split in ("train", "val"):
+        (images / split / "c1" / "0.jpg").touch()
+        assert ask(data=images)[1] == 1
+    with monkeypatch.context() as patch:
+        (tmp_path / "measures.py").write_text("STRENGTHS = 1.0, 0.1")
+        patch.setattr(evaluate.measures, "__file__", str(tmp_path / "measures.py"))
+        assert ask()[1] == 1
+        patch.setattr(evaluate.subsets, "balanced", lambda images, percent, seed: list(images.names)[:7])
+        assert ask()[1] == 1
+    assert ask() == (first, 0)
+
+
+def test_numbers_that_cannot_be_kept(programs, pretrained, many, tmp_path, monkeypatch):
+    def full(*settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluate.Result, "save", full)
+    monkeypatch.setattr(evaluate, "PERCENTS", (1,))
+    words = [pretrained, many, *FLAGS, "--features", tmp_path / "f", "-o", tmp_path / "e.json"]
+    status, out, err = programs("synco.evaluate", *words)
+    assert status == 0 and "RankMe" in out and (tmp_path / "e.json").exists()
+    assert err.count("\n") == 1 and "cannot be written (No space left on device); the next call" in err
 
 
 def test_two_checkpoints(programs, pretrained, many, tmp_path):
@@ -123,11 +189,17 @@ def _evaluate(rank, world_size, words, output):
     return None
 
 
+def _twice(*settings):
+    """Computed, and taken from what is kept."""
+    return [_evaluate(*settings) for _ in range(2)]
+
+
 def test_the_same_numbers_whatever_the_number_of_processes(pretrained, many, tmp_path):
     words = [str(word) for word in (pretrained, many, *FLAGS)]
     alone = _evaluate(0, 1, words, str(tmp_path / "1.json"))
     for world_size in (2, 3):
-        assert processes(world_size, _evaluate, world_size, words, str(tmp_path / "n.json"))[0] == alone
+        kept = [*words, "--features", str(tmp_path / str(world_size))]
+        assert processes(world_size, _twice, world_size, kept, str(tmp_path / "n.json"))[0] == [alone, alone]
 
 
 def test_features_for_other_programs(programs, pretrained, many, tmp_path):
