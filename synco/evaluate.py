@@ -181,6 +181,8 @@ def labelled_parts(train: datasets.Images, seed: int) -> list[tuple[int, np.ndar
     for percent in PERCENTS:
         try:
             part, source = subsets.subset(train, percent, seed)
+            if len(part) < 2:
+                raise UserError(f"{len(part)} image, and one is to be held out")
         except UserError as error:
             say(f"{f'{percent} % of the labels':18} left out: {error}")
             continue
@@ -198,7 +200,8 @@ def say_missing(train: datasets.Images, val: datasets.Images) -> None:
             say(f"{name + ' classes':18} {len(without)} of {len(images.classes)} have no images: {shown}")
     fewer = [str(k) for k in NEIGHBOURS if k > len(train)]
     if fewer:
-        say(f"{'kNN':18} k = {' and '.join(fewer)}: train has {len(train)} images, and all of them vote")
+        shown = ", ".join(fewer[:-1]) + " and " * (len(fewer) > 1) + fewer[-1]
+        say(f"{'kNN':18} k = {shown}: train has {len(train)} images, and all of them vote")
 
 
 # ------------------------------------------------------------------------------------------------- one checkpoint
@@ -296,7 +299,7 @@ def neighbours(train: Split, val: Split, process: Process) -> dict[str, np.ndarr
 def describe(train: Split, val: Split, views: list[Split]) -> tuple[dict, dict, dict]:
     """The measures of the features that need no labels, for `shared`."""
     ranked = train.raw(features.spread(len(train.rows), RANKED))
-    rank, width = measures.rankme(ranked), ranked.shape[1]
+    rank, width = measures.rankme(ranked) if ranked.any() else 0.0, ranked.shape[1]
     norms = torch.cat(
         [train.raw(slice(i, i + knn.CHUNK)).double().norm(dim=1) for i in range(0, len(train.rows), knn.CHUNK)]
     )
@@ -317,8 +320,6 @@ def regression(train: Split, val: Split, percent: int, positions: np.ndarray, se
         drawn = np.random.default_rng(distributed.seed_of("held out", seed, percent)).permutation(len(rows))
         held_out = torch.zeros(len(rows), dtype=torch.bool, device=train.device)
         held_out[torch.from_numpy(drawn[: max(1, len(rows) // 10)]).to(train.device)] = True
-        if len(rows) < 2:
-            raise UserError(f"{percent} % of the labels are {len(rows)} image: too few to hold one out")
         fitted, strength = measures.choose_strength(rows, labels, held_out)
         parts = [fitted.predict(val.raw(slice(i, i + knn.CHUNK))) for i in range(0, len(val.rows), knn.CHUNK)]
         name = f"logistic {percent} %"

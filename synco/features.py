@@ -144,7 +144,7 @@ class Store:
 
     def __init__(self, folder: str, process: Process, *, batch: int, dtype: str, load: dict, kept: bool = True) -> None:
         self.folder, self.process, self.batch, self.dtype = folder, process, batch, dtype
-        self.load, self.kept = load, kept
+        self.load, self.kept, self.asked = load, kept, set()  # asked: the folders of this run's features
 
     def features(
         self, model: Backbone, images: datasets.Images, name: str, *, crop: int | None = None, seed: int = 0
@@ -161,10 +161,10 @@ class Store:
         facts |= {"img_size": model.img_size, "stats": model.stats, "view": view, "dtype": self.dtype}
         facts |= {"batch": self.batch, "count": len(images)}
         digest = distributed.from_rank_0(_digest(images) if self.process.rank == 0 else None)
-        root = os.path.realpath(images.root)
-        facts |= {"images_sha256": digest, "root": root, "classes": list(images.classes or [])}
+        facts |= {"images_sha256": digest, "root": os.path.realpath(images.root), "classes": list(images.classes or [])}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         place = os.path.join(self.folder, f"{name}-{key}")
+        self.asked.add(os.path.basename(place))
         width = self._width(model)
         with contextlib.ExitStack() as held:
             if self.process.rank == 0:
@@ -194,7 +194,7 @@ class Store:
                 return
             stem = os.path.basename(place)[:-16]
             others = [one for one in os.listdir(self.folder) if one.startswith(stem) and one[len(stem) :].isalnum()]
-            if others := sorted({*others} - {os.path.basename(place)})[:3]:
+            if others := sorted({*others} - self.asked)[:3]:
                 say(f"{self.folder}: {', '.join(others)}: of other weights, images or settings; made anew")
             if (needed := np.dtype(self.dtype).itemsize * np.prod(shape)) > (free := shutil.disk_usage(place).free):
                 raise UserError(f"{place}: the features take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")

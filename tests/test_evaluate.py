@@ -169,6 +169,25 @@ def test_two_checkpoints(programs, pretrained, many, tmp_path):
         assert d["low"] <= d["difference"] <= d["high"] and d["differ"] == (d["low"] > 0 or d["high"] < 0)
 
 
+def test_features_that_are_all_0(programs, pretrained, many, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "PERCENTS", (10,))
+    state = torch.load(pretrained, weights_only=True)
+    for name, tensor in state["state_dict"].items():
+        if "encoder_q.conv5.1" in name:
+            tensor.zero_()
+    torch.save(state, tmp_path / "dead.pth.tar")
+    status, out, err = programs("synco.evaluate", tmp_path / "dead.pth.tar", many, *FLAGS)
+    assert (status, err) == (0, "") and "0.0 of 1024" in out and "The features have collapsed: they are nearly" in out
+
+
+def test_one_image_of_the_labels_is_too_few(programs, pretrained, tmp_path):
+    for split in ("train", "val"):
+        make_images(tmp_path / split, classes=1, images=20)
+    status, out, err = programs("synco.evaluate", pretrained, tmp_path, *FLAGS)
+    assert (status, err) == (0, "") and "1 % of the labels  left out: 1 image, and one is to be held out" in out
+    assert "k = 100 and 200: train has 20 images, and all of them vote" in out
+
+
 def test_each_network_at_its_own_size(programs, many, tmp_path):
     paths = [tmp_path / "a.pth.tar", tmp_path / "b.pth.tar"]
     for path, size in zip(paths, (32, 40)):
@@ -176,7 +195,7 @@ def test_each_network_at_its_own_size(programs, many, tmp_path):
         torch.save(torch.load(path, weights_only=True) | {"config": {"img_size": size}}, path)
     status, out, _ = programs("synco.evaluate", paths[0], many, "-j", 0, "--compare", paths[1])
     assert status == 0 and "image sizes        differ: each network sees the images at its own" in out
-    assert f"{ARCH} at 32 pixels" in out and f"{ARCH} at 40 pixels" in out
+    assert f"{ARCH} at 32 pixels" in out and f"{ARCH} at 40 pixels" in out and "made anew" not in out
 
 
 def _evaluate(rank, world_size, words, output):
