@@ -111,7 +111,8 @@ def flags() -> options.Parser:
 
 def parse() -> argparse.Namespace:
     """The flags of the command line, checked."""
-    args = features.parse(flags())
+    args = flags().parse_args()
+    options.check_data(args)
     if args.features_only and args.features is None:
         raise UserError("--features-only writes into --features FOLDER; give it")
     if args.features_only and args.output:
@@ -149,7 +150,8 @@ def run(process: Process, args: argparse.Namespace) -> None:
     table = tabulate(results, paths, args.seed)
     print_table(table, results, len(val))
     if args.output:
-        facts = {"val_images": len(val), "settings": settings(args)} | metrics.origin()
+        settings = {name: getattr(args, name) for name in "data dataset limit_images hold_out split_seed seed".split()}
+        facts = {"val_images": len(val), "settings": settings} | metrics.origin()
         try:
             files.write_json(args.output, table | facts)
         except OSError as error:
@@ -166,11 +168,6 @@ def open_models(args: argparse.Namespace, paths: list[str], device: torch.device
             unset = [name for name in ("arch", "stem", "img_size", "stats") if getattr(args, name) is None]
             like = argparse.Namespace(**vars(args) | {name: getattr(model, name) for name in unset})
     return [models[path] for path in paths]
-
-
-def settings(args: argparse.Namespace) -> dict:
-    """The flags that say on which images the numbers are."""
-    return {name: getattr(args, name) for name in "data dataset limit_images hold_out split_seed seed".split()}
 
 
 def labelled_parts(train: datasets.Images, seed: int) -> list[tuple[int, np.ndarray, str]]:
@@ -236,7 +233,7 @@ def evaluate(
     elif store.kept:
         say(f"{'numbers':18} there already, in {path}")
     about = {"checkpoint": model.source, "arch": model.arch, "img_size": model.img_size}
-    result.facts = about | {"weights_sha256": model.sha256()} | result.facts
+    result.facts = about | {"weights_sha256": model.sha256} | result.facts
     return result
 
 

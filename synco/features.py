@@ -7,6 +7,7 @@ are. NumPy reads them: np.load("features.npy", mmap_mode="r").
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -53,6 +54,7 @@ class Backbone:
     source: str
     saved: dict
 
+    @functools.cached_property
     def sha256(self) -> str:
         """The SHA-256 of the weights and buffers without the head, whatever file they are from."""
         digest = hashlib.sha256()
@@ -157,7 +159,7 @@ class Store:
         the run was told to stop.
         """
         view = "centre" if crop is None else f"augmented view {crop}, seed {seed}"
-        facts = {"format": FORMAT, "weights_sha256": model.sha256(), "arch": model.arch, "stem": model.stem}
+        facts = {"format": FORMAT, "weights_sha256": model.sha256, "arch": model.arch, "stem": model.stem}
         facts |= {"img_size": model.img_size, "stats": model.stats, "view": view, "dtype": self.dtype}
         facts |= {"batch": self.batch, "count": len(images)}
         digest = distributed.from_rank_0(_digest(images) if self.process.rank == 0 else None)
@@ -291,6 +293,8 @@ def open_store(args: argparse.Namespace, process: Process) -> Iterator[Store]:
     """
     load = {"workers": loader.workers_each(args.workers, process.local_size), "timeout": args.worker_timeout}
     settings = {"batch": args.batch_size, "dtype": args.features_dtype, "load": load}
+    if args.features == "":
+        raise UserError("--features '': must name a folder")
     if args.features is not None:
         if process.rank == 0:
             files.make_folders(args.features)
@@ -315,15 +319,6 @@ def add_features(parser: options.Parser) -> None:
     free("-b", "--batch-size", default=256, type=options.number(int, 1), help="images a process takes at a time")
     free("--seed", default=0, type=options.number(int, 0, 2**32 - 1), help="of random weights and of all draws")
     parser.set_defaults(arch=None)  # what the checkpoint was trained with
-
-
-def parse(parser: options.Parser) -> argparse.Namespace:
-    """The command line by a parser with `options.add_data` and `add_features`, whose flags are checked."""
-    args = parser.parse_args()
-    options.check_data(args)
-    if args.features == "":
-        raise UserError("--features '': must name a folder")
-    return args
 
 
 def labels_of(images: datasets.Images) -> np.ndarray | None:

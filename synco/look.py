@@ -93,7 +93,8 @@ def flags() -> options.Parser:
 
 def parse() -> argparse.Namespace:
     """The flags of the command line, checked."""
-    args = features.parse(flags())
+    args = flags().parse_args()
+    options.check_data(args)
     if not args.output.endswith((".html", ".htm")):
         raise UserError(f"-o {args.output}: must end in .html")
     files.check_output(args.output, f"-o {args.output}")
