@@ -54,7 +54,7 @@ figcaption { font-size: 12px; line-height: 1.3; overflow-wrap: anywhere; }
 .bad img { border-color: var(--bad); } .bad b { color: var(--bad); }
 .pair { display: flex; gap: 4px; padding: 6px; border: 1px solid var(--line); border-radius: 5px; }
 @media (max-width: 640px) { body { padding: 12px; } .row { gap: 8px; } .many { gap: 6px; }
-  figure { width: 70px; } figure img { width: 64px; height: 64px; } }
+  figure { width: 70px; } figure img { width: 64px; height: 64px; } figcaption { font-size: 11px; } }
 """
 
 
