@@ -197,8 +197,8 @@ def test_small_commands_of_the_manual_run(programs, tmp_path, monkeypatch):
             } & {*words}:
                 module, flags = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
                 flags = [stand_for.get(word, word) for word in flags]
-                if "--epochs" in flags:  # not all the twenty or thirty of an evaluation
-                    flags[flags.index("--epochs") + 1] = "5"
+                if "--pretrained" in flags:  # not all the twenty or thirty epochs of an evaluation
+                    flags[flags.index("--epochs") + 1] = "1"
                 status, _, err = programs(module, "-j", 0, *flags)
                 assert status == 0, f"{words}: {err}"
                 ran.append(module)
