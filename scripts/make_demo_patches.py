@@ -4,7 +4,7 @@
   python scripts/make_demo_patches.py FOLDER
 
 The class of a patch is its photograph. Training patches come from the left three quarters of a photograph and may
-overlap each other; held-out patches come from its right quarter, so no pixel is in both. Writes
+overlap each other; validation patches come from its right quarter, so no pixel is in both. Writes
 FOLDER/{train,val}/PHOTOGRAPH/NNN.jpg; existing files of these names are written again, with the same pixels.
 """
 
@@ -32,8 +32,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--size", type=int, default=48, help="side of a patch in pixels (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=160, help="training patches a photograph (default: %(default)s)")
-    parser.add_argument("--val", type=int, default=40, help="held-out patches a photograph (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=200, help="training patches a photograph (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=100, help="validation patches a photograph (default: %(default)s)")
     args = parser.parse_args()
     try:
         import skimage
@@ -51,7 +51,7 @@ def main():
             os.makedirs(folder, exist_ok=True)
             for i, patch in enumerate(cut(photograph, left, right, args.size, count, rng)):
                 patch.save(os.path.join(folder, f"{i:03}.jpg"), quality=95)
-    print(f"{args.folder}: {args.train} training and {args.val} held-out patches of each photograph")
+    print(f"{args.folder}: {args.train} training and {args.val} validation patches of each photograph")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The shell scripts: their style, the commands that they start, and what they do to files."""
 
+import base64
 import importlib.machinery
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -774,30 +776,129 @@ def test_detection_stops_at_a_failure(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- demo
 
 
-def test_demo(tmp_path, monkeypatch):
-    """A pretraining, and the probe and the fine-tuning from it and from random weights, with flags that go together."""
+def demo(tmp_path, fails="nothing"):
+    """Run the demo in a folder with a space, with stubs of which those with the word `fails` fail; best_of_grid.py's
+    finds lr0.02 best → (CompletedProcess, [the words of each command])."""
+    text = f"""printf '%s\\n' "${{0##*/}}" "$@" END >> {tmp_path}/commands
+case "$*" in
+    *{fails}*) exit 3 ;;
+    scripts/best_of_grid.py*) printf '%s\\n' 'trial top-1' 'lr0.02 70 best' 'lr1 9' ;;
+esac"""
     for name in ("python", "torchrun"):
-        program(tmp_path / "bin", name, f"printf '%s\\n' {name} \"$@\" END")
-    done = bash(ROOT / "scripts" / "demo.sh", tmp_path / "my demo", cwd=tmp_path, first_on_path=tmp_path / "bin")
+        program(tmp_path / "bin", name, text)
+    folder = tmp_path / "my demo"
+    (folder / "trials" / "random" / "semisup" / "lr9").mkdir(parents=True)  # of an earlier call
+    done = bash(ROOT / "scripts" / "demo.sh", folder, cwd=tmp_path, first_on_path=tmp_path / "bin")
+    commands = (tmp_path / "commands").read_text().split("END\n")[:-1]
+    return done, [command.splitlines() for command in commands]
+
+
+def test_demo(tmp_path, monkeypatch):
+    """A pretraining, the same probe and fine-tunings from it and from random weights, and a page; flags go together."""
+    pytest.importorskip("matplotlib")  # the parser of synco.plot asks for it
+    done, (patches, pretraining, *trials, curves, look, page) = demo(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    *commands, told = done.stdout.split("END\n")
-    patches, *runs, table = [command.splitlines() for command in commands]
-    assert patches == ["python", "scripts/make_demo_patches.py", f"{tmp_path}/my demo/patches"]
-    assert table == ["python", "-", f"{tmp_path}/my demo"]
-    found = []
-    for words in runs:
-        at = next(i for i, word in enumerate(words) if word.startswith("main_"))
-        module = importlib.import_module(words[at].removesuffix(".py"))
+    folder = f"{tmp_path}/my demo"
+    assert not os.path.exists(f"{folder}/trials/random/semisup/lr9")
+    assert patches == ["python", "scripts/make_demo_patches.py", f"{folder}/patches"]
+    assert pretraining[:4] == ["torchrun", "--standalone", "--nproc-per-node", "2"]
+
+    def parse(words):
+        at = next(i for i, word in enumerate(words) if word.startswith(("main_", "synco.", "scripts.")))
         monkeypatch.setattr(sys, "argv", words[at:])
-        found.append((words[at], module.parse()))
-    assert runs[0][:4] == ["torchrun", "--standalone", "--nproc-per-node", "2"]
-    assert [name for name, _ in found] == ["main_synco.py", *(2 * ["main_lincls.py", "main_semisup.py"])]
-    pretraining, *trials = [args for _, args in found]
-    assert {args.data for args in (pretraining, *trials)} == {f"{tmp_path}/my demo/patches"}
+        return importlib.import_module(words[at].removesuffix(".py")).parse()
+
+    pretraining = parse(pretraining)
     last = f"{pretraining.save_dir}/checkpoint_{pretraining.epochs - 1:04}.pth.tar"
-    assert [args.pretrained for args in trials] == [last, last, "random", "random"] and last in told
-    assert {(args.arch, args.img_size) for args in trials} == {(pretraining.arch, pretraining.img_size)}
-    assert len({args.save_dir for args in trials}) == 4
+    own = {}
+    for name, weights in (("random", "random"), ("pretrained", last)):
+        found = [words for words in trials if any(f"{folder}/trials/{name}/" in word for word in words)]
+        [drawn] = [words for words in trials if f"{folder}/map-{name}.png" in words]
+        assert parse(drawn).checkpoint == weights
+        probe, *tuned, best, evaluation = found
+        assert best == ["python", "scripts/best_of_grid.py", f"{folder}/trials/{name}/semisup"]
+        probe, *tuned, evaluation = map(parse, (probe, *tuned, evaluation))
+        assert len(probe.lr) > 2 and len({one.lr_backbone for one in tuned}) == len(tuned) > 2
+        assert {(one.pretrained, one.hold_out) for one in (probe, *tuned)} == {(weights, probe.hold_out)}
+        assert (
+            probe.hold_out and not evaluation.hold_out
+        )  # what is best is chosen on training images, val for that alone
+        chosen = f"{folder}/trials/{name}/semisup/lr0.02"
+        assert evaluation.evaluate and evaluation.resume == f"{chosen}/checkpoint_semisup.pth.tar"
+        assert chosen in [one.save_dir for one in tuned]
+        own[name] = [vars(one) for one in (probe, *tuned, evaluation)]
+        assert {(one["arch"], one["img_size"], one["data"]) for one in own[name]} == {
+            (pretraining.arch, pretraining.img_size, pretraining.data)
+        }
+    for one, other in zip(*own.values()):  # both weights get the same
+        assert {key for key in one if one[key] != other[key]} <= {"pretrained", "save_dir", "resume"}
+    assert parse(curves).runs == [pretraining.save_dir]
+    assert (parse(look).checkpoint, parse(look).data) == (last, pretraining.data)
+    assert str(parse(page).folder) == folder
+
+
+@pytest.mark.parametrize("fails", ["main_synco.py", "random", "lr0.08", "best_of_grid"])
+def test_demo_that_fails_makes_no_page(tmp_path, fails):
+    done, commands = demo(tmp_path, fails)
+    assert done.returncode and not any("scripts.demo_page" in words for words in commands)
+
+
+@pytest.fixture
+def demo_found(tmp_path):
+    """What a demo leaves for its page, made up: two measures of each weights, three pictures, a page of neighbours."""
+    from synco.look import section
+
+    def write(name, content):
+        path = tmp_path / "a & b" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    lines = [{"kind": "knn", "step": i, "top1": top1} for i, top1 in enumerate((50.04, 60, 70.06))]
+    write("pretrain/log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    for name, top1 in (("random", 51.26), ("pretrained", 71.26)):
+        heads = [{"name": "lr0.1"}, {"name": "lr3"}]
+        write(f"trials/{name}/lincls/result.json", json.dumps({"heads": heads, "head": "lr3", "val": {"top1": top1}}))
+        for lr in ("0.5", "2"):
+            write(f"trials/{name}/semisup/lr{lr}/result.json", "{}")
+        tuned = {"top1": top1 + 1, "checkpoint": "x/lr0.5/c.pth.tar", "val_images": 1234}
+        write(f"trials/{name}/semisup/result.json", json.dumps(tuned))
+    for name in ("curves", "map-random", "map-pretrained"):
+        write(f"{name}.png", name.encode())
+    write(
+        "features.html", f"<html>{section('Nearest', 'near', '<i>1</i>')}{section('Other', 'far', '<i>2</i>')}</html>"
+    )
+    return tmp_path / "a & b"
+
+
+ROWS = [
+    ["top-1 on 1,234 val patches", "untrained", "SynCo"],
+    ["kNN", "50.0 %", "70.1 %"],
+    ["linear probe, rates 0.1 3", "51.3 % at 3", "71.3 % at 3"],
+    ["fine-tuned on 10 %, rates 0.5 2", "52.3 % at 0.5", "72.3 % at 0.5"],
+]
+
+
+def test_demo_page(demo_found, tool):
+    status, out, err = tool(importlib.import_module("scripts.demo_page"), demo_found)
+    assert (status, err) == (0, "")
+    assert [re.split("  +", line.strip()) for line in out.splitlines()[1:5]] == ROWS
+    assert out.endswith(f"{demo_found}/index.html\n") and f'"{demo_found}/patches"' in out
+    page = (demo_found / "index.html").read_text()
+    table = page[page.index("<table>") : page.index("</table>")]
+    assert [re.findall(r"<t[dh]>([^<]*)", row) for row in table.split("<tr>")[1:]] == ROWS
+    sources = re.findall("src='data:image/png;base64,([^']*)'", page)
+    assert [base64.b64decode(source) for source in sources] == [b"curves", b"map-random", b"map-pretrained"]
+    assert page.count("src=") == 3 and re.findall("href=([^>]*)", page) == ["features.html"]
+    assert "<i>1</i>" in page and "<i>2</i>" not in page  # the nearest neighbours alone
+    assert "a &amp; b/patches" in page and "a & b" not in page
+
+
+@pytest.mark.parametrize("name", ["pretrain/log.jsonl", "trials/random/semisup/result.json", "map-random.png"])
+def test_demo_page_of_half_a_demo(demo_found, tool, name):
+    (demo_found / name).unlink()
+    status, out, err = tool(importlib.import_module("scripts.demo_page"), demo_found)
+    assert (status, out, err.count("\n")) == (2, "", 1) and str(demo_found / name) in err
+    assert not (demo_found / "index.html").exists()
 
 
 # ------------------------------------------------------------------------------------------------- make_demo_patches
