@@ -17,7 +17,7 @@ torchrun --standalone --nproc-per-node 2 main_synco.py \
     -a resnet18 --img-size 32 --epochs 16 --warmup-epochs 2 -b 128 --lr 0.06 --wd 5e-4 --cos --mlp --aug-plus \
     --moco-k 1024 --moco-m 0.99 --moco-t 0.1 --bn-splits 2 --n-hard 64 --n1 32 --n2 32 --n3 32 --n4 8 --n5 8 --n6 8 \
     --knn-freq 4 --knn-k 20 --keep 1 --seed 0 --overwrite --save-dir "$folder/pretrain" "$patches" |
-    tee "$folder/pretrain.txt" | awk '/^kNN/ { print; fflush() }'
+    tee "$folder/pretrain.txt" | grep --line-buffered ^kNN
 
 evaluate() { # NAME WEIGHTS
     local trials="$folder/trials/$1" lr best

@@ -782,6 +782,7 @@ def demo(tmp_path, fails="nothing"):
     text = f"""printf '%s\\n' "${{0##*/}}" "$@" END >> {tmp_path}/commands
 case "$*" in
     *{fails}*) exit 3 ;;
+    *main_synco.py*) printf '%s\\n' 'device cpu' 'kNN after 0 epochs: 50.00 %' ;;
     scripts/best_of_grid.py*) printf '%s\\n' 'trial top-1' 'lr0.02 70 best' 'lr1 9' ;;
 esac"""
     for name in ("python", "torchrun"):
@@ -798,6 +799,7 @@ def test_demo(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")  # the parser of synco.plot asks for it
     done, (patches, pretraining, *trials, curves, look, page) = demo(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+    assert "kNN after" in done.stdout and "device" not in done.stdout
     folder = f"{tmp_path}/my demo"
     assert not os.path.exists(f"{folder}/trials/random/semisup/lr9")
     assert patches == ["python", "scripts/make_demo_patches.py", f"{folder}/patches"]
