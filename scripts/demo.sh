@@ -25,7 +25,7 @@ evaluate() { # NAME WEIGHTS
     local train=(--pretrained "$2" --hold-out 640 --val-freq 0)
     python main_lincls.py "${common[@]}" "${train[@]}" --epochs 8 -b 32 --cos --lr 0.01 0.03 0.1 0.3 1 \
         --save-dir "$trials/lincls"
-    for lr in 0.005 0.02 0.08; do
+    for lr in 0.002 0.01 0.05; do
         python main_semisup.py "${common[@]}" "${train[@]}" --epochs 16 -b 64 --train-percent 10 --weights finetune \
             --lr-backbone $lr --lr-classifier $lr --save-dir "$trials/semisup/lr$lr"
     done

@@ -17,7 +17,7 @@ from synco.launch import command
 WEIGHTS = {"random": "untrained", "pretrained": "SynCo"}  # folder of the trials: column
 STYLE = """
 table { border-collapse: collapse; margin: 12px 0; } tr { border-bottom: 1px solid var(--line); }
-th, td { padding: 4px 20px 4px 0; text-align: left; } td + td { white-space: nowrap; }
+th, td { padding: 4px 20px 4px 0; text-align: left; }
 pre { background: #f1f3f5; padding: 10px; border-radius: 5px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .curves { overflow-x: auto; } .curves img { width: 100%; min-width: 720px; }
 .maps { display: flex; flex-wrap: wrap; gap: 10px; } .maps div { flex: 1 1 400px; } .maps img { width: 100%; }
@@ -85,7 +85,7 @@ def page(folder: pathlib.Path, rows: list[tuple[str, ...]]) -> str:
             "Val's patches are from the photographs' right quarters, of which nothing was trained on. The probe trains "
             "one layer on labelled patches, the fine-tuning the whole network on a tenth of them. Both weights had the "
             "same learning rates, and each takes what is best on 640 training patches that are held out. All numbers "
-            "are of this run; another machine may differ by a point or two.",
+            "are of this run; another processor's rounding has moved SynCo's by up to four points.",
             f"<table><tr>{'<tr>'.join(lines)}</table>",
         ),
         look.section(

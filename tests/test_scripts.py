@@ -778,12 +778,12 @@ def test_detection_stops_at_a_failure(tmp_path):
 
 def demo(tmp_path, fails="nothing"):
     """Run the demo in a folder with a space, with stubs of which those with the word `fails` fail; best_of_grid.py's
-    finds lr0.02 best → (CompletedProcess, [the words of each command])."""
+    finds lr0.01 best → (CompletedProcess, [the words of each command])."""
     text = f"""printf '%s\\n' "${{0##*/}}" "$@" END >> {tmp_path}/commands
 case "$*" in
     *{fails}*) exit 3 ;;
     *main_synco.py*) printf '%s\\n' 'device cpu' 'kNN after 0 epochs: 50.00 %' ;;
-    scripts/best_of_grid.py*) printf '%s\\n' 'trial top-1' 'lr0.02 70 best' 'lr1 9' ;;
+    scripts/best_of_grid.py*) printf '%s\\n' 'trial top-1' 'lr0.01 70 best' 'lr1 9' ;;
 esac"""
     for name in ("python", "torchrun"):
         program(tmp_path / "bin", name, text)
@@ -825,7 +825,7 @@ def test_demo(tmp_path, monkeypatch):
         assert (
             probe.hold_out and not evaluation.hold_out
         )  # what is best is chosen on training images, val for that alone
-        chosen = f"{folder}/trials/{name}/semisup/lr0.02"
+        chosen = f"{folder}/trials/{name}/semisup/lr0.01"
         assert evaluation.evaluate and evaluation.resume == f"{chosen}/checkpoint_semisup.pth.tar"
         assert chosen in [one.save_dir for one in tuned]
         own[name] = [vars(one) for one in (probe, *tuned, evaluation)]
@@ -839,7 +839,7 @@ def test_demo(tmp_path, monkeypatch):
     assert str(parse(page).folder) == folder
 
 
-@pytest.mark.parametrize("fails", ["main_synco.py", "random", "lr0.08", "best_of_grid"])
+@pytest.mark.parametrize("fails", ["main_synco.py", "random", "lr0.05", "best_of_grid"])
 def test_demo_that_fails_makes_no_page(tmp_path, fails):
     done, commands = demo(tmp_path, fails)
     assert done.returncode and not any("scripts.demo_page" in words for words in commands)
