@@ -305,6 +305,7 @@ def _run_program(path, flags, env, pipes):
     for number, pipe in enumerate(pipes, start=1):
         os.dup2(os.open(pipe, os.O_WRONLY), number, inheritable=True)
     os.setsid()
+    os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
     mp.current_process()._config.pop("tempdir", None)  # the helper's, too, and a program that ends removes its own
@@ -321,7 +322,7 @@ def without_launcher():
 
 def script(name, *flags):
     """A script of the repository, from its command line to its end, in a fork → CompletedProcess with its texts."""
-    run = Fork(ROOT / f"{name}.py", *flags, env=without_launcher())
+    run = Fork(f"{name}.py", *flags, env=without_launcher())
     out, err = run.communicate()
     return subprocess.CompletedProcess(flags, run.returncode, out, err)
 
