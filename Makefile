@@ -16,8 +16,8 @@ GPU = $(shell $(BIN)/python -c 'import torch; print("1" * torch.cuda.is_availabl
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh runs/demo
 
-# more at a time than there are cores, as many wait for what others do
-SIDE_BY_SIDE = -n $$(($$(getconf _NPROCESSORS_ONLN) + 2)) --dist worksteal
+# one more at a time than there are cores, as many wait for what others do
+SIDE_BY_SIDE = -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

@@ -43,6 +43,11 @@ SMALL = (
 ).split()
 
 
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that at the end no core waits for it."""
+    items.sort(key=lambda item: item.path.stem not in ("test_launch", "test_survival", "test_cifar10_study"))
+
+
 def make_images(folder, *, classes=3, images=8, size=40, seed=0):
     """An ImageFolder of smooth colour noise: folder/cN/M.jpg."""
     rng = np.random.default_rng(seed)

@@ -6,15 +6,15 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import time
 import types
 
 import numpy as np
 import pytest
-from conftest import ARCH, ROOT
+from conftest import ARCH, ROOT, Fork, without_launcher
 
 from benchmarks.cifar10 import report, study
 from benchmarks.cifar10.programs import Ended, Programs, Stopped, TimeOver
@@ -244,12 +244,13 @@ def test_a_study_that_is_told_to_stop_takes_its_programs_along(data, tmp_path):
     )
     out = tmp_path / "runs"
     flags = ["--scale", "cpu", "--dataset", "imagefolder", "--methods", "mocov2", "--jobs", "1", "--out", str(out)]
-    run = subprocess.Popen([sys.executable, "-c", code, *flags, str(data)], stderr=subprocess.PIPE, text=True)
+    (tmp_path / "program.py").write_text(code)
+    run = Fork(tmp_path / "program.py", *flags, data, env=without_launcher())
     log = out / "mocov2-0" / "pretrain.txt"
     while not log.exists() or "Epoch 0" not in log.read_text():
         assert run.poll() is None
         time.sleep(0.05)
-    run.terminate()
+    run.send_signal(signal.SIGTERM)
     assert run.communicate(timeout=60)[1] == "study.py: interrupted; the same command goes on\n" and run.returncode == 1
     assert "Told to stop: " in log.read_text() and log.read_text().endswith(" s, status 75\n")
 

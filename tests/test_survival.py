@@ -162,6 +162,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_but_none_that_was_preempt
     words = interrupted.words("pretraining", str(place / "data"), folder, 2, torchrun=True)
     words.remove("--resume")
     words.remove("auto")
+    words[words.index("--max-restarts") + 1] = "2"  # one after the kill, one that shall not go on
     run = interrupted.start(words, printed)
     wait_for(os.path.join(folder, WITHIN), run)
     first = ranks_of(run, folder)
