@@ -17,7 +17,7 @@ demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh runs/demo
 
 # one more at a time than there are cores, as many wait for what others do
-SIDE_BY_SIDE = -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal
+SIDE_BY_SIDE = -n $$(($$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 1)) --dist worksteal
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

@@ -12,7 +12,7 @@ checkpoint="$folder/pretrain/checkpoint_0015.pth.tar"
 
 python scripts/make_demo_patches.py "$patches"
 
-echo "Pretraining without labels, 400 steps in two processes: two to three minutes (all lines: $folder/pretrain.txt)"
+echo "Pretraining without labels, 400 steps in two processes: three to four minutes (all lines: $folder/pretrain.txt)"
 torchrun --standalone --nproc-per-node 2 main_synco.py \
     -a resnet18 --img-size 32 --epochs 16 --warmup-epochs 2 -b 128 --lr 0.06 --wd 5e-4 --cos --mlp --aug-plus \
     --moco-k 1024 --moco-m 0.99 --moco-t 0.1 --bn-splits 2 --n-hard 64 --n1 32 --n2 32 --n3 32 --n4 8 --n5 8 --n6 8 \
@@ -36,7 +36,7 @@ evaluate() { # NAME WEIGHTS
 }
 export -f evaluate
 
-echo "Probes and fine-tuning of random and of pretrained weights: one to two minutes (all lines: $folder/trials/*.txt)"
+echo "Probes and fine-tuning of random and of pretrained weights: two to three minutes (all lines: $folder/trials/*.txt)"
 rm -rf "$folder/trials" # those of an earlier call
 mkdir "$folder/trials"
 printf '%s\0' random random pretrained "$checkpoint" |

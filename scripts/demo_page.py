@@ -6,7 +6,6 @@ FOLDER is that of scripts/demo.sh, which calls this at its end.
 """
 
 import base64
-import json
 import pathlib
 import re
 
@@ -45,10 +44,13 @@ def run(args) -> None:
     try:
         rows = results(folder)
         content = page(folder, rows)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; scripts/demo.sh makes it") from error
+    try:
         with files.atomic_write(folder / "index.html") as file:
             file.write(content.encode())
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; scripts/demo.sh makes it") from error
+        raise UserError(f"{folder / 'index.html'}: cannot be written ({error.strerror})") from error
     print()
     for row in rows:
         print("{:52} {:>14} {:>14}".format(*row))
@@ -59,10 +61,12 @@ def results(folder: pathlib.Path) -> list[tuple[str, ...]]:
     """A table of words: what is measured, of random weights, and after pretraining; first its heading."""
     log = metrics.read_log(str(folder / "pretrain" / "log.jsonl"))
     knn = [line["top1"] for line in log if line["kind"] == "knn"]
+    if not knn:
+        raise UserError(f"{folder / 'pretrain' / 'log.jsonl'}: has no kNN accuracy; scripts/demo.sh makes it")
     rows = {"kNN": [f"{knn[0]:.1f} %", f"{knn[-1]:.1f} %"]}
     for name in WEIGHTS:
         trials = folder / "trials" / name
-        probe, tuned = (json.loads((trials / kind / "result.json").read_bytes()) for kind in ("lincls", "semisup"))
+        probe, tuned = (result_in(trials / kind) for kind in ("lincls", "semisup"))
         chosen = pathlib.Path(tuned["checkpoint"]).parent.name
         for measure, rates, top1, best in (
             ("linear probe", [head["name"] for head in probe["heads"]], probe["val"]["top1"], probe["head"]),
@@ -72,6 +76,14 @@ def results(folder: pathlib.Path) -> list[tuple[str, ...]]:
             rows.setdefault(measure, []).append(f"{top1:.1f} % at {best.removeprefix('lr')}")
     heading = f"top-1 on {tuned['val_images']:,} val patches", *WEIGHTS.values()
     return [heading, *((measure, *cells) for measure, cells in rows.items())]
+
+
+def result_in(folder: pathlib.Path) -> dict:
+    """The result.json of a trial."""
+    found = files.read_json(folder / "result.json")
+    if not found:
+        raise UserError(f"{folder / 'result.json'}: is not there; scripts/demo.sh makes it")
+    return found
 
 
 def page(folder: pathlib.Path, rows: list[tuple[str, ...]]) -> str:
@@ -90,13 +102,13 @@ def page(folder: pathlib.Path, rows: list[tuple[str, ...]]) -> str:
         ),
         look.section(
             "How the pretraining went",
-            "Without labels. Synthesis begins in epoch 2: its negatives lie nearer to a query than the positive, "
-            "so no query ranks that first any more. The kNN accuracy is what counts.",
+            "Without labels. Synthesis begins after two epochs: most interpolated negatives lie nearer to a query than "
+            "its positive, which hardly ever ranks first any more. The kNN accuracy is what counts.",
             f"<div class=curves>{picture(folder / 'curves.png', 'curves of the pretraining')}</div>",
         ),
         look.section(
             "Maps of the features",
-            "Each point is a patch of val, its colour the photograph: first by random weights, then after pretraining.",
+            "A point is a patch of val; colour and shape tell its photograph. First by random weights, then by SynCo.",
             f"<div class=maps>{maps}</div>",
         ),
         nearest + "<p>Confusions, near-duplicates and hard negatives: <a href=features.html>features.html</a></p>",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from synco import checkpoint, files, metrics, networks, options
+from synco import checkpoint, files, measures, metrics, networks, options
 from synco.errors import UserError, one_line
 
 WEIGHTS, CONFIG, README = FILES = ("model.safetensors", "config.json", "README.md")
@@ -46,8 +46,8 @@ def check_folder(folder: str, *, force: bool) -> None:
 def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any]]:
     """The results in these files, which must be of the checkpoint `path`, whose SHA-256 is the digest.
 
-    A file is a result.json of a trial, or of synco.evaluate, which may have another checkpoint beside this one; each
-    accuracy of the latter is a result of its own, with a `kind`.
+    A file is a result.json of a trial, or of synco.evaluate, which may have another checkpoint beside this one, and
+    each accuracy of which is a result of its own.
     Raises UserError that names a file which is of another checkpoint, or neither of the two.
     """
     results = []
@@ -55,19 +55,38 @@ def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any
         if not os.path.isfile(name):
             raise UserError(f"--results {name}: no such file")
         content = files.read_json(name)
-        entries = content.get("checkpoints", [content])
         try:
-            of = {entry["checkpoint_sha256"]: entry for entry in entries}
+            of = {entry["checkpoint_sha256"]: entry for entry in content.get("checkpoints", [content])}
+            if not of:
+                raise ValueError("no checkpoints")
             found = of.get(digest, {})
-            accuracies = found.get("accuracies", {None: found} if found else {})
-            results += [content | one | {"kind": kind, "top1": float(one["top1"])} for kind, one in accuracies.items()]
+            rows = [_row(kind, one) for kind, one in found.get("accuracies", {None: found} if found else {}).items()]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             programs = "main_lincls.py, main_semisup.py or synco.evaluate"
             raise UserError(f"--results {name}: is not what {programs} writes") from error
         if digest not in of:
-            others = ", ".join(f"{one.get('checkpoint')}, SHA-256 {str(sha)[:12]}..." for sha, one in of.items())
+            names = {str(sha)[:12]: one.get("path", one.get("checkpoint")) for sha, one in of.items() if sha}
+            others = " and ".join(f"{other}, SHA-256 {sha}..." for sha, other in names.items()) or "random weights"
             raise UserError(f"--results {name}: is of another checkpoint ({others}) than {path} ({digest[:12]}...)")
+        if not rows:
+            raise UserError(f"--results {name}: holds no accuracies, as its images have no labels")
+        rows[0]["command"] = content.get("command", "")  # the same for all
+        results += [{"val_images": content.get("val_images", "")} | row for row in rows]
     return results
+
+
+def _row(measure, result):
+    """What the table shows of a trial's result, or of one measure of an evaluation."""
+    kind = measure and measures.in_words(measure)
+    if measure is None:
+        program = os.path.basename(str(result.get("command", "")).partition(" ")[0])
+        kind = next((words for part, words in RESULTS.items() if part in program), "classifier")
+    if isinstance(result.get("val"), dict):  # the best was chosen on other images
+        result = result | result["val"] | {"val_images": ""}
+    elif result.get("hold_out"):
+        kind += ", on held-out training images"
+    row = {name: float(result[name]) for name in ("top1", "low", "high") if name == "top1" or name in result}
+    return row | {"kind": kind} | {name: result[name] for name in ("top5", "val_images") if name in result}
 
 
 def write(folder: str, network: nn.Module, head: str, saved: dict[str, Any], text: str) -> None:
@@ -207,7 +226,8 @@ def _code(value: object) -> str:
 
 
 def _table(config, names):
-    known = {name: config[name] for name in names if config.get(name) not in (None, False, "")}
+    unset = [name for name in names if config.get(name) is None or config[name] is False or config[name] == ""]
+    known = {name: config[name] for name in names if name not in unset}
     if "cos" in known:
         known.pop("schedule", None)
     if not known:
@@ -226,13 +246,11 @@ def _results_table(results):
         return "None were given."
     lines = ["| | top-1 | top-5 | images | command |", "| --- | --- | --- | --- | --- |"]
     for result in results:
-        command = str(result.get("command", ""))
-        program = os.path.basename(command.partition(" ")[0])
-        kind = result["kind"] or next((words for part, words in RESULTS.items() if part in program), "classifier")
         top1 = f"{result['top1']:.2f} %"
         if {"low", "high"} <= result.keys():
             top1 += f" (95 %: {result['low']:.2f} to {result['high']:.2f})"
         top5 = f"{result['top5']:.2f} %" if isinstance(result.get("top5"), float) else ""
-        cells = [_plain(kind), top1, top5, _plain(result.get("val_images", "")), _code(command)]
+        command = _code(result["command"]) if "command" in result else ""
+        cells = [_plain(result["kind"]), top1, top5, _plain(result["val_images"]), command]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

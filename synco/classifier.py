@@ -361,6 +361,7 @@ class Classifier:
         """result.json and with a confusion matrix the tables. Other results that are there get another name."""
         args, file = self.args, self.run.folder.file
         result = result | {"checkpoint": path, "checkpoint_sha256": digest, "arch": args.arch, "data": args.data}
+        result |= {"hold_out": args.hold_out}
         result |= {"img_size": self.settings["img_size"], "val_images": self.val_images, "classes": len(self.classes)}
         try:
             old = files.read_json(file("result.json"))

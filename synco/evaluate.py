@@ -137,6 +137,7 @@ def run(process: Process, args: argparse.Namespace) -> None:
         cache.keep([train, val], process)
     paths = [args.checkpoint] + [args.compare] * (args.compare is not None)
     models = open_models(args, paths, process.device)
+    digests = [files.sha256(path) if process.rank == 0 and path != "random" else None for path in paths]
     for model in models:
         say(f"{'checkpoint':18} {model.source}; {model.arch} at {model.img_size} pixels")
     if len({model.img_size for model in models}) > 1:
@@ -147,7 +148,7 @@ def run(process: Process, args: argparse.Namespace) -> None:
         results = [evaluate(model, train, val, parts, store, args) for model in models]
     if args.features_only or process.rank:
         return
-    table = tabulate(results, paths, args.seed)
+    table = tabulate(results, paths, digests, args.seed)
     print_table(table, results, len(val))
     if args.output:
         settings = {name: getattr(args, name) for name in "data dataset limit_images hold_out split_seed seed".split()}
@@ -226,7 +227,7 @@ def evaluate(
     if result is None:
         result = compute(*splits, views, parts, store, args.seed)
         try:
-            if store.process.rank == 0:
+            if store.kept and store.process.rank == 0:
                 result.save(path)
         except OSError as error:
             distributed.warn(f"{path}: cannot be written ({error.strerror}); the next call computes it anew")
@@ -328,7 +329,7 @@ def regression(train: Split, val: Split, percent: int, positions: np.ndarray, se
 # ------------------------------------------------------------------------------------------------------- the table
 
 
-def tabulate(results: list[Result], paths: list[str], seed: int) -> dict:
+def tabulate(results: list[Result], paths: list[str], digests: list[str | None], seed: int) -> dict:
     """The numbers as JSON holds them: accuracies in percent with their 95 % intervals, and of two their differences."""
 
     def draw():
@@ -339,11 +340,10 @@ def tabulate(results: list[Result], paths: list[str], seed: int) -> dict:
         return {"top1": 100.0 * float(values.mean()), "low": low, "high": high}
 
     found = []
-    for path, result in zip(paths, results):
+    for path, digest, result in zip(paths, digests, results):
         accuracies = {name: entry(hits) for name, hits in result.hits.items()}
         for name, strength in result.strengths.items():
             accuracies[name]["l2"] = strength
-        digest = None if path == "random" else files.sha256(path)
         found.append({"path": path, "checkpoint_sha256": digest} | result.facts | {"accuracies": accuracies})
     table = {"checkpoints": found}
     if len(results) == 2:
@@ -365,7 +365,7 @@ def print_table(table: dict, results: list[Result], count: int) -> None:
     else:
         print(f"\n{'':26}{'top-1, 95 % interval':>24}")
     for name in results[0].hits:
-        line = f"{in_words(name):26}"
+        line = f"{measures.in_words(name).replace('logistic regression,', ' '):26}"
         for checkpoint in checkpoints:
             line += "{:>24}".format("{top1:.2f} [{low:.2f}, {high:.2f}]".format(**checkpoint["accuracies"][name]))
         if name in differences:
@@ -385,14 +385,6 @@ def print_table(table: dict, results: list[Result], count: int) -> None:
             "runs or images.\nLogistic regression: on the stored features of the images' centres, not the published "
             "linear probe."
         )
-
-
-def in_words(name: str) -> str:
-    """The name of a measure as the table has it."""
-    kind, _, rest = name.partition(" ")
-    if kind == "knn":
-        return f"kNN, {rest.replace(' ', ', ').replace('=', ' = ')}"
-    return "logistic regression" if rest == "100 %" else f"  {rest.removeprefix('logistic ')} of the labels"
 
 
 if __name__ == "__main__":

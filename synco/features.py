@@ -197,7 +197,7 @@ class Store:
             stem = os.path.basename(place)[:-16]
             others = [one for one in os.listdir(self.folder) if one.startswith(stem) and one[len(stem) :].isalnum()]
             if others := sorted({*others} - self.asked)[:3]:
-                say(f"{self.folder}: {', '.join(others)}: of other weights, images or settings; made anew")
+                say(f"{self.folder}: {', '.join(others)}: of other weights, images or settings, computed beside them")
             if (needed := np.dtype(self.dtype).itemsize * np.prod(shape)) > (free := shutil.disk_usage(place).free):
                 raise UserError(f"{place}: the features take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
             _make_array(checks, (blocks,), "int64")

@@ -133,6 +133,14 @@ def interval(values: np.ndarray, draws: int, generator: np.random.Generator) -> 
     return float(low), float(high)
 
 
+def in_words(name: str) -> str:
+    """The name of an accuracy in an evaluation's JSON ("knn k=10 t=0.1", "logistic 1 %") as a reader has it."""
+    kind, _, rest = name.partition(" ")
+    if kind == "knn":
+        return f"kNN, {rest.replace(' ', ', ').replace('=', ' = ')}"
+    return "logistic regression" + (f", {rest} of the labels" if rest != "100 %" else "")
+
+
 # -------------------------------------------------------------------------------------------- logistic regression
 
 

@@ -15,7 +15,7 @@ timm = pytest.importorskip("timm", minversion="1.0.16")
 pytest.importorskip("safetensors")
 
 CONFIG = {"img_size": 64, "stats": "cifar10", "dataset": "imagefolder", "data": "/home/someone/photographs", "lr": 0.25}
-CONFIG |= {"cos": True, "schedule": [120, 160], "moco_t": 0.2, "mlp": True, "symmetric": False, "n1": 7}
+CONFIG |= {"cos": True, "schedule": [120, 160], "moco_t": 0.2, "mlp": True, "symmetric": False, "n1": 7, "seed": 0}
 ORIGIN = {"method": "SynCo: 7 | of\nthem", "command": "main_synco.py `x` | 'a b'", "versions": {"torch": "2.6.0"}}
 PARTS = {"model.safetensors", "config.json", "README.md"}
 
@@ -64,6 +64,7 @@ def test_what_it_says(trained, tool, tmp_path):
         "| lr | 0.25 |",
         "| moco\\_t | 0.2 |",
         "| n1 | 7 |",
+        "| seed | 0 |",
         "| linear probe | 67.12 % | 88.00 % | 500 | `main_lincls.py --lr 30` |",
         f"| SHA-256 | {files.sha256(folder / 'ours.tar')} |",
         "| made with | torch 2.6.0 |",
@@ -85,10 +86,25 @@ def test_an_evaluations_accuracies(trained, tool, tmp_path):
     words = [folder / "ours.tar", "--card", tmp_path / "card", "--results", path, folder / "mine.json"]
     assert tool(export, *words)[0] == 0
     lines = (tmp_path / "card" / "README.md").read_text().splitlines()
-    assert "| knn k=10 t=0.1 | 61.00 % (95 %: 58.25 to 63.50) |  | 50 | `evaluate.py x` |" in lines
-    assert "| logistic 1 % | 40.00 % |  | 50 | `evaluate.py x` |" in lines
+    assert "| kNN, k = 10, t = 0.1 | 61.00 % (95 %: 58.25 to 63.50) |  | 50 | `evaluate.py x` |" in lines
+    assert "| logistic regression, 1 % of the labels | 40.00 % |  | 50 |  |" in lines
     assert "| linear probe | 67.12 % | 88.00 % | 500 | `main_lincls.py --lr 30` |" in lines
     assert "99.00" not in "".join(lines)
+
+
+def test_held_out_images_are_no_val(trained, tool, tmp_path):
+    """A rate chosen on them has its number on val in the card; without one the row says what it is of."""
+    folder, _ = trained
+    result = {"top1": 77.0, "top5": 97.0, "val_images": 640, "command": "main_lincls.py", "hold_out": 640}
+    result["checkpoint_sha256"] = files.sha256(folder / "ours.tar")
+    files.write_json(tmp_path / "several.json", result | {"val": {"top1": 70.0, "top5": 90.0}})
+    files.write_json(tmp_path / "one.json", result | {"command": "main_semisup.py"})
+    words = [folder / "ours.tar", "--card", tmp_path / "card", "--results", tmp_path / "several.json"]
+    assert tool(export, *words, tmp_path / "one.json")[0] == 0
+    lines = (tmp_path / "card" / "README.md").read_text().splitlines()
+    assert "| linear probe | 70.00 % | 90.00 % |  | `main_lincls.py` |" in lines
+    told = "training on labels, on held-out training images"
+    assert f"| {told} | 77.00 % | 97.00 % | 640 | `main_semisup.py` |" in lines
 
 
 def test_settings_that_decide_a_run_are_listed():
@@ -139,6 +155,14 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
     os.makedirs("run")
     for name in ("run/config.json", "run/checkpoint_0000.pth.tar", "file", "none.json"):
         (tmp_path / name).write_text("{}")
+    digest = files.sha256(folder / "ours.tar")
+    for name, checkpoints in (
+        ("empty", []),
+        ("null", [{"checkpoint_sha256": digest, "accuracies": {"knn k=1 t=1": {"top1": 1.0, "low": None}}}]),
+        ("bare", [{"checkpoint_sha256": digest, "accuracies": {}}]),
+        ("random", [{"checkpoint_sha256": None, "path": "random", "accuracies": {}}]),
+    ):
+        files.write_json(f"{name}.json", {"checkpoints": checkpoints})
     assert tool(export, folder / "bare.tar", "--card", "made")[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     ours = str(folder / "ours.tar")
@@ -149,6 +173,10 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
         ([ours, "--card", "no/card"], f"--card no/card: there is no folder {tmp_path}/no"),
         ([ours, "--card", "new", "--results", "missing.json"], "--results missing.json: no such file"),
         ([ours, "--card", "new", "--results", "none.json"], "--results none.json: is not what main_lincls.py"),
+        ([ours, "--card", "new", "--results", "empty.json"], "--results empty.json: is not what main_lincls.py"),
+        ([ours, "--card", "new", "--results", "null.json"], "--results null.json: is not what main_lincls.py"),
+        ([ours, "--card", "new", "--results", "bare.json"], "--results bare.json: holds no accuracies"),
+        ([ours, "--card", "new", "--results", "random.json"], "another checkpoint (random weights) than"),
         (
             [ours, "--card", "new", "--results", str(folder / "mine.json"), str(folder / "other.json")],
             f"{folder}/other.json: is of another checkpoint (bare.tar, SHA-256 ",

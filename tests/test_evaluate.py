@@ -81,7 +81,8 @@ def test_the_table(programs, pretrained, many, tmp_path):
     assert one["alignment"] == pytest.approx(((views[0] - views[1]) ** 2).sum(axis=1).mean(), rel=1e-6)
     assert one["accuracies"]["logistic 100 %"]["l2"] in evaluate.measures.STRENGTHS
     results = card.read_results([tmp_path / "e.json"], pretrained, one["checkpoint_sha256"])
-    assert {(row["kind"], row["top1"]) for row in results} == {(n, e["top1"]) for n, e in one["accuracies"].items()}
+    expected = {(evaluate.measures.in_words(name), entry["top1"]) for name, entry in one["accuracies"].items()}
+    assert {(row["kind"], row["top1"]) for row in results} == expected
     assert "k = 100 and 200: train has 60 images, and all of them vote" in out
     assert "not the published linear probe" in out and one["collapse"] in out
     status, again, _ = programs("synco.evaluate", *words)
@@ -195,7 +196,7 @@ def test_each_network_at_its_own_size(programs, many, tmp_path):
         torch.save(torch.load(path, weights_only=True) | {"config": {"img_size": size}}, path)
     status, out, _ = programs("synco.evaluate", paths[0], many, "-j", 0, "--compare", paths[1])
     assert status == 0 and "image sizes        differ: each network sees the images at its own" in out
-    assert f"{ARCH} at 32 pixels" in out and f"{ARCH} at 40 pixels" in out and "made anew" not in out
+    assert f"{ARCH} at 32 pixels" in out and f"{ARCH} at 40 pixels" in out and "beside them" not in out
 
 
 def _evaluate(rank, world_size, words, output):

@@ -181,7 +181,7 @@ def test_other_weights_or_images_are_others(pretrained, tmp_path, computed, caps
     def ask():
         computed[0] = 0
         store(folder).features(opened(path), datasets.image_folder(tmp_path / "d", "train"), "train")
-        return computed[0], "of other weights, images or settings; made anew" in capsys.readouterr().out
+        return computed[0], "of other weights, images or settings, computed beside them" in capsys.readouterr().out
 
     path = pretrained
     assert ask() == (6, False) and ask() == (0, False)
