@@ -24,8 +24,7 @@ test: .venv/installed
 	$(if $(GPU),$(BIN)/python -m pytest tests/gpu,$(DRY))
 
 # the checks themselves are tested, but for what takes long
-DRY = @echo "make test: no GPU here: tests/gpu runs dry, on the CPU" && \
-      $(BIN)/python -m pytest tests/gpu --dry -m "not slow" $(SIDE_BY_SIDE)
+DRY = @echo "make test: no GPU here: tests/gpu runs dry, on the CPU" && $(BIN)/python -m pytest tests/gpu --dry -m "not slow"
 
 test-gpu: .venv/installed
 	$(if $(GPU),$(BIN)/python -m pytest tests/gpu,$(error torch finds no GPU on this machine))
