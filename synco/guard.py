@@ -49,7 +49,7 @@ class Guard(threading.Thread):
     def run(self) -> None:
         while True:
             time.sleep(self.INTERVAL)
-            if self.launched and os.getppid() != self.parent:
+            if self._is_orphan():
                 time.sleep(2 * self.INTERVAL)  # a warning to launcher and processes alike may come a little later
                 if signals.warned():
                     time.sleep(self.GRACE)
@@ -72,7 +72,11 @@ class Guard(threading.Thread):
                 self._look(seen, beat)
         except RuntimeError:  # the process with the store may simply be done; then this one is about to be
             time.sleep(self.NOTICE)
-            _end("lost the process that holds the others together")
+            if not self._is_orphan():  # then the store has gone with the launcher, which `run` says
+                _end("lost the process that holds the others together")
+
+    def _is_orphan(self) -> bool:
+        return self.launched and os.getppid() != self.parent
 
     def _look(self, seen: dict[int, tuple[bytes, int]], beat: int) -> None:
         self.store.set(_life(self.process.rank), str(beat))

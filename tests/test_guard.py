@@ -92,6 +92,29 @@ def test_the_first_that_fails_speaks(guards):
     assert [two[1][0].claim(1), two[0][0].claim(2), two[1][0].claim(1)] == [None, 1, None]
 
 
+def test_a_store_that_goes_with_its_launcher_is_not_what_is_said(monkeypatch):
+    """The launcher has the store: that it has gone says who sees that, whatever is seen first."""
+
+    class Gone:
+        def check(self, keys):
+            raise RuntimeError("Connection reset by peer")
+
+    def ended(line):
+        raise Ended(line)
+
+    monkeypatch.setattr(guard, "_end", ended)
+    monkeypatch.setattr(guard.Guard, "INTERVAL", 0.01)
+    monkeypatch.setattr(guard.Guard, "NOTICE", 0.0)
+    one = guard.Guard(Process(), True, 8)
+    one.store = Gone()
+    with pytest.raises(Ended, match="^lost the process that holds the others together$"):
+        one._watch_others()
+    one.parent = -1  # another one than it has now
+    assert one._watch_others() is None
+    with pytest.raises(Ended, match="^the launcher has gone$"):
+        one.run()
+
+
 ORPHANED = """
 import time
 from synco import distributed, exits
