@@ -168,6 +168,17 @@ def make_pretrained(arch, path):
     return encoder.eval()
 
 
+def features_by_torchvision(pretrained, views):
+    """A `pretrained` checkpoint's features (M, D) of views (M, 3, H, W), by torchvision's own network."""
+    net = torchvision.models.get_model(ARCH)
+    net.fc = torch.nn.Identity()
+    state = torch.load(pretrained, weights_only=True)["state_dict"]
+    state = {name.removeprefix("module.encoder_q."): w for name, w in state.items() if ".encoder_q." in name}
+    net.load_state_dict({name: w for name, w in state.items() if not name.startswith("fc.")})
+    with torch.no_grad():
+        return net.eval()(views).numpy()
+
+
 def know_images(network, images):
     """Give a network's BatchNorm the statistics of images (M, 3, H, W): an untrained one's features are all alike."""
     for norm in network.modules():

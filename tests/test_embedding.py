@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import ARCH
+from conftest import features_by_torchvision
 
 from synco import augment, datasets, embedding, plot
 
@@ -35,13 +34,7 @@ def test_a_map_of_val(tool, pretrained, data, tmp_path):
     rows = table_of(out)
     images = datasets.image_folder(data, "val").with_transform(augment.center_view(32))
     assert [row["class"] for row in rows] == [images.classes[label] for label in images.targets]
-    net = torchvision.models.get_model(ARCH)
-    net.fc = torch.nn.Identity()
-    state = torch.load(pretrained, weights_only=True)["state_dict"]
-    state = {name.removeprefix("module.encoder_q."): w for name, w in state.items() if ".encoder_q." in name}
-    net.load_state_dict({name: w for name, w in state.items() if not name.startswith("fc.")})
-    with torch.no_grad():
-        features = net.eval()(torch.stack([x for x, _ in images])).double().numpy()
+    features = features_by_torchvision(pretrained, torch.stack([x for x, _ in images])).astype(np.float64)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     centred = features - features.mean(axis=0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)

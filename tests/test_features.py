@@ -11,8 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import ARCH, ROOT, make_images, processes
+from conftest import ARCH, ROOT, features_by_torchvision, make_images, processes
 
 from synco import augment, datasets, features
 from synco.distributed import Process, seed_of
@@ -29,17 +28,6 @@ def opened(path):
 def store(folder, rank=0, world_size=1, dtype="float32", batch=5):
     process = Process(rank, world_size, rank, world_size)
     return features.Store(str(folder), process, batch=batch, dtype=dtype, load=LOAD)
-
-
-def expected(pretrained, views):
-    """Features from torchvision's own network of views (M, 3, 32, 32)."""
-    net = torchvision.models.get_model(ARCH)
-    net.fc = torch.nn.Identity()
-    state = torch.load(pretrained, weights_only=True)["state_dict"]
-    state = {name.removeprefix("module.encoder_q."): w for name, w in state.items() if ".encoder_q." in name}
-    net.load_state_dict({name: w for name, w in state.items() if not name.startswith("fc.")})
-    with torch.no_grad():
-        return net.eval()(views).numpy()
 
 
 @pytest.fixture
@@ -59,7 +47,7 @@ def test_what_is_in_it(pretrained, data, tmp_path):
     images = datasets.image_folder(data, "train")
     found = store(tmp_path).features(opened(pretrained), images, "train")
     views = torch.stack([augment.center_view(32)(images.image(i)) for i in range(24)])
-    np.testing.assert_allclose(found, expected(pretrained, views), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, features_by_torchvision(pretrained, views), rtol=1e-4, atol=1e-5)
     (place,) = tmp_path.iterdir()
     assert place.name.startswith("train-") and sorted(os.listdir(place)) == [
         "checks.npy", "features.json", "features.npy", "labels.npy", "names.npy",
@@ -79,7 +67,7 @@ def test_augmented_views_are_the_loaders(pretrained, data, tmp_path):
         for i in range(len(images)):
             torch.manual_seed(seed_of("crops", 4, crop, i))
             views.append(view(images.image(i)))
-        np.testing.assert_allclose(found, expected(pretrained, torch.stack(views)), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, features_by_torchvision(pretrained, torch.stack(views)), rtol=1e-4, atol=1e-5)
 
 
 def _extract(rank, world_size, pretrained, data, folder):
