@@ -60,7 +60,9 @@ def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any
             if not of:
                 raise ValueError("no checkpoints")
             found = of.get(digest, {})
-            rows = [_row(kind, one) for kind, one in found.get("accuracies", {None: found} if found else {}).items()]
+            images = {"hold_out": content.get("settings", content).get("hold_out")}
+            accuracies = found.get("accuracies", {None: found} if found else {})
+            rows = [_row(kind, images | one) for kind, one in accuracies.items()]
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             programs = "main_lincls.py, main_semisup.py or synco.evaluate"
             raise UserError(f"--results {name}: is not what {programs} writes") from error

@@ -90,6 +90,10 @@ def test_an_evaluations_accuracies(trained, tool, tmp_path):
     assert "| logistic regression, 1 % of the labels | 40.00 % |  | 50 |  |" in lines
     assert "| linear probe | 67.12 % | 88.00 % | 500 | `main_lincls.py --lr 30` |" in lines
     assert "99.00" not in "".join(lines)
+    files.write_json(path, {"checkpoints": of, "val_images": 50, "settings": {"hold_out": 50}})
+    assert tool(export, *words[:-1], "--force")[0] == 0
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert text.count(", on held-out training images | ") == 2
 
 
 def test_held_out_images_are_no_val(trained, tool, tmp_path):
