@@ -18,7 +18,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from torch.utils.data import default_collate
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-from synco import augment, datasets, decode, layouts, loader, options  # noqa: E402
+from synco import augment, datasets, decode, layouts, loader, options, pack  # noqa: E402
 from synco.errors import UserError  # noqa: E402
 from synco.launch import command  # noqa: E402
 from synco.options import Parser, number  # noqa: E402
@@ -73,11 +72,8 @@ def packed(images, chosen, out, *flags):
     with open(f"{out}.txt", "wb") as file:
         file.write(b"".join(os.fsencode(images.where(i)) + b"\n" for i in chosen))
     words = ["--train-list", file.name, "--splits", "train", "--images-per-shard", "50", *flags]
-    environment = os.environ | {"PYTHONPATH": ROOT}
-    subprocess.run(
-        [sys.executable, "-m", "synco.pack", images.root, out, *words], check=True, stdout=sys.stderr, env=environment
-    )
     with contextlib.redirect_stdout(sys.stderr):
+        pack.run(pack.parse([images.root, out, *words]))
         return datasets.stored(layouts.shards(out, "train"))
 
 

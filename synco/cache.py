@@ -4,7 +4,6 @@ import copy
 import itertools
 import mmap
 import os
-import pathlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -140,37 +139,13 @@ def _sizes(images, pool, tolerant):
 
 def _check_room(sizes, mates, copies):
     """Say how much memory images of these sizes take. Raises UserError if it is more than nine tenths of the free."""
-    needed, free = sum(3 * int(size.prod(axis=1).sum()) for size in sizes), free_memory()
+    needed, free = sum(3 * int(size.prod(axis=1).sum()) for size in sizes), distributed.free_memory()
     each = f", one copy for the {mates} processes of this node" if mates > 1 else ""
     each = f", {copies} times on this node" if copies > 1 else each
     if needed * copies > 0.9 * free:
         raise UserError(f"--cache-images: they take {_gigabytes(needed)}{each}, and {_gigabytes(free)} are free")
     count = sum(map(len, sizes))
     distributed.say(f"{'cached images':18} {count}, {_gigabytes(needed)}{each}, of {_gigabytes(free)} that are free")
-
-
-def free_memory(root: str | os.PathLike = "/") -> int:
-    """Bytes of memory that are free for this process: the machine's, or those of a control group that has fewer.
-
-    A batch system may limit any group above the process's own. root: of the file system, where /proc and /sys are.
-    """
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    root = pathlib.Path(root)
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-        own = pathlib.PurePosixPath((root / "proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/"))
-    except OSError:  # not Linux
-        return min(found)
-    for group in (own, *own.parents):
-        folder = root / "sys/fs/cgroup" / group
-        try:
-            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int(used["anon"]) + int(used.get("shmem", 0))  # what is not the cache of files
-            found.append(int((folder / "memory.max").read_text()) - used)
-        except (OSError, ValueError):  # no such group here, or "max": no limit
-            pass
-    return min(found)
 
 
 def _gigabytes(count):

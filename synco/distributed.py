@@ -5,6 +5,7 @@ World size 1 and a CPU are ordinary cases: without a process group the collectiv
 
 import inspect
 import os
+import pathlib
 import pickle
 import socket
 import sys
@@ -61,6 +62,30 @@ def usable_cpus() -> int:
 
 def _cpus() -> set[int]:
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def free_memory(root: str | os.PathLike = "/") -> int:
+    """Bytes of memory that are free for this process: the machine's, or those of a control group that has fewer.
+
+    A batch system may limit any group above the process's own. root: of the file system, where /proc and /sys are.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    root = pathlib.Path(root)
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        own = pathlib.PurePosixPath((root / "proc/self/cgroup").read_text().split("::")[-1].strip().lstrip("/"))
+    except OSError:  # not Linux
+        return min(found)
+    for group in (own, *own.parents):
+        folder = root / "sys/fs/cgroup" / group
+        try:
+            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int(used["anon"]) + int(used.get("shmem", 0))  # what is not the cache of files
+            found.append(int((folder / "memory.max").read_text()) - used)
+        except (OSError, ValueError):  # no such group here, or "max": no limit
+            pass
+    return min(found)
 
 
 def cpu_share() -> Fraction:

@@ -15,8 +15,6 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 from synco import files, signals
 from synco.errors import INTERRUPTED, Failure, UserError
 
@@ -75,7 +73,7 @@ def outcome(error: BaseException) -> tuple[int, str | None]:
         return 2 if isinstance(error, UserError) else 1, str(error)
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return 1, f"{str(error).strip().splitlines()[0]} The run can go on from its last checkpoint."
-    if isinstance(error, torch.OutOfMemoryError | RuntimeError) and NO_MEMORY.search(str(error)):
+    if isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)):
         sentences = " ".join(str(error).rpartition("DefaultCPUAllocator: ")[2].split()).split(". ")
         what = ". ".join(sentences[:3]).rstrip(".")  # how much of how much
         return 1, f"{what}: lower --batch-size or --img-size; --amp bf16 takes about half"

@@ -16,7 +16,7 @@ import re
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
 from PIL import Image
@@ -213,8 +213,8 @@ def verify(folder: str) -> None:
         distributed.say(f"{name}: {len(lines)} shards are as they were packed")
 
 
-def parse() -> argparse.Namespace:
-    """The command line of `python -m synco.pack`."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of `python -m synco.pack`; words: unset, the program's own."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag("data", metavar="SOURCE", help="what to pack, or with --verify a folder of shards")
@@ -230,7 +230,7 @@ def parse() -> argparse.Namespace:
     flag("--quality", default=90, type=number(int, 1, 100), help="of the JPEGs of --short-side")
     flag("-j", "--workers", default=distributed.usable_cpus(), type=number(int, 1), help="shards at a time")
     parser.set_defaults(download=False, limit_images=None, hold_out=None, split_seed=0)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.verify == (args.out is not None):
         raise UserError("--verify takes one folder" if args.verify else "OUT is needed: the folder for the shards")
     options.check_data(args)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from synco import cache, signals
+from synco import distributed, signals
 from synco.distributed import Process
 from synco.errors import Failure, UserError
 
@@ -167,7 +167,7 @@ def _batches_ahead(batch_bytes, workers):
 
     Raises UserError where there is no room for one.
     """
-    rooms = {"the memory": cache.free_memory() // 2}
+    rooms = {"the memory": distributed.free_memory() // 2}
     with contextlib.suppress(OSError):  # no such place, as on a Mac
         rooms[ROOM] = shutil.disk_usage(ROOM).free
     place = min(rooms, key=rooms.get)

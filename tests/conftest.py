@@ -5,6 +5,10 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same with and without GPUs; before torch is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run side by side, and each of them is small
 
+import gc
+
+gc.disable()  # until all is imported, a third of which it would take; see pytest_collection_finish
+
 import functools
 import importlib
 import pathlib
@@ -46,6 +50,12 @@ SMALL = (
 def pytest_collection_modifyitems(items):
     """What takes longest first, so that at the end no core waits for it."""
     items.sort(key=lambda item: item.path.stem not in ("test_launch", "test_survival", "test_cifar10_study"))
+
+
+def pytest_collection_finish():
+    """From now on collect garbage, and look for none in what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def make_images(folder, *, classes=3, images=8, size=40, seed=0):
@@ -260,6 +270,7 @@ def forks(count, function, *args):
 
 
 def _fork(rank, function, args, folder):
+    gc.freeze()  # a fork's end would copy all that the helper has imported, to look for garbage
     torch.set_num_threads(1)
     pathlib.Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *args)))
 
@@ -318,6 +329,7 @@ class Fork:
 
 
 def _run_program(path, flags, env, pipes):
+    gc.freeze()  # see _fork
     for number, pipe in enumerate(pipes, start=1):
         os.dup2(os.open(pipe, os.O_WRONLY), number, inheritable=True)
     os.setsid()

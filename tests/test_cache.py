@@ -25,7 +25,7 @@ def test_cached_images_are_the_same(uneven, capsys, monkeypatch):
     part = whole.subset([11, 3, 16])
     Image.new("RGB", (7, 90), (1, 2, 3)).save(os.path.join(uneven, "train", part.names[1]))
     before = [np.asarray(image) for image, _ in part]
-    monkeypatch.setattr(cache, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(distributed, "free_memory", lambda: 10**9)
     cache.keep([part], Process())
     needed = 3 * (2 * 40 * 40 + 7 * 90)
     told = f"cached images      3, {needed / 1e9:.2f} GB, of 1.00 GB that are free\n"
@@ -46,31 +46,13 @@ def test_cached_images_are_the_same(uneven, capsys, monkeypatch):
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(uneven, monkeypatch):
     images = datasets.image_folder(uneven, "train")
     needed = 17 * 40 * 40 * 3
-    monkeypatch.setattr(cache, "free_memory", lambda: needed / 0.9 + 1)
+    monkeypatch.setattr(distributed, "free_memory", lambda: needed / 0.9 + 1)
     cache.keep([images], Process())
     fresh = datasets.image_folder(uneven, "train")
-    monkeypatch.setattr(cache, "free_memory", lambda: needed / 0.9 - 1)
+    monkeypatch.setattr(distributed, "free_memory", lambda: needed / 0.9 - 1)
     monkeypatch.setattr(datasets.Images, "image", lambda self, position: pytest.fail("an image was read"))
     with pytest.raises(UserError, match="--cache-images: they take 0.00 GB, and 0.00"):
         cache.keep([fresh], Process())
-
-
-def test_free_memory_is_no_more_than_the_machine_has():
-    assert 10**7 < cache.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def test_a_limit_on_any_control_group_above_counts(tmp_path):
-    """As batch systems set them: on the job's, while the process's own has none."""
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    500000 kB\n")
-    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/slurm/job_7/step_0/task_0\n")
-    assert cache.free_memory(tmp_path) == 500_000 * 1024  # there are no such groups
-    for group, limit in (("slurm", "300000"), ("slurm/job_7", "200000"), ("slurm/job_7/step_0/task_0", "max")):
-        folder = tmp_path / "sys" / "fs" / "cgroup" / group
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.max").write_text(limit + "\n")
-        (folder / "memory.stat").write_text("anon 90000\nfile 999999\nshmem 30000\n")
-    assert cache.free_memory(tmp_path) == 200_000 - 90_000 - 30_000
 
 
 def _keep(rank, folder, nodes):
@@ -110,10 +92,10 @@ def test_without_nameless_files_each_process_has_a_copy(uneven, monkeypatch, cap
     wanted = [np.asarray(image) for image, _ in images]
     monkeypatch.delattr(os, "memfd_create")
     needed = 17 * 40 * 40 * 3
-    monkeypatch.setattr(cache, "free_memory", lambda: needed * 2 / 0.9 - 1)
+    monkeypatch.setattr(distributed, "free_memory", lambda: needed * 2 / 0.9 - 1)
     with pytest.raises(UserError, match="--cache-images: they take 0.00 GB, 2 times on this node, and 0.00"):
         cache.keep([images], Process(0, 2, 0, 2))
-    monkeypatch.setattr(cache, "free_memory", lambda: needed * 2 / 0.9 + 1)
+    monkeypatch.setattr(distributed, "free_memory", lambda: needed * 2 / 0.9 + 1)
     cache.keep([images], Process(0, 2, 0, 2))
     assert "0.00 GB, 2 times on this node, of" in capsys.readouterr().out
     assert all(np.array_equal(image, other) for (image, _), other in zip(images, wanted))

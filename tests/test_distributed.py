@@ -26,6 +26,24 @@ def encoder(num_classes):
     return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, num_classes))
 
 
+def test_free_memory_is_no_more_than_the_machine_has():
+    assert 10**7 < distributed.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_limit_on_any_control_group_above_counts(tmp_path):
+    """As batch systems set them: on the job's, while the process's own has none."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable:    500000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/slurm/job_7/step_0/task_0\n")
+    assert distributed.free_memory(tmp_path) == 500_000 * 1024  # there are no such groups
+    for group, limit in (("slurm", "300000"), ("slurm/job_7", "200000"), ("slurm/job_7/step_0/task_0", "max")):
+        folder = tmp_path / "sys" / "fs" / "cgroup" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(limit + "\n")
+        (folder / "memory.stat").write_text("anon 90000\nfile 999999\nshmem 30000\n")
+    assert distributed.free_memory(tmp_path) == 200_000 - 90_000 - 30_000
+
+
 def test_seeds_differ_and_are_stable():
     seeds = {distributed.seed_of(word, *parts) for word in ("a", "b") for parts in np.ndindex(5, 5, 5)}
     assert len(seeds) == 250 and all(0 <= seed < 2**63 for seed in seeds)

@@ -41,7 +41,7 @@ def run(process, args):
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         args.fail = ""  # what torchrun starts again goes well
     if args.workers:
-        from synco import loader  # with torchvision, which takes as long as torch
+        from synco import loader
 
         batches = iter(loader.eval_loader(range(1000), 2, process=process, workers=args.workers))
         next(batches)

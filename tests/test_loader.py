@@ -20,7 +20,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DistributedSampler
 from torchvision import transforms
 
-from synco import augment, cache, datasets, decode, distributed, loader, subsets
+from synco import augment, datasets, decode, distributed, exits, loader, subsets
 from synco.distributed import Process, seed_of
 from synco.errors import Failure, UserError
 
@@ -443,6 +443,7 @@ def test_shared_memory_that_is_full_is_said_with_a_cure():
         list(loader.eval_loader(Numbers(raises(full)), 1, process=Process(), workers=1))
     with pytest.raises(RuntimeError, match="Original Traceback"):  # a bug keeps its own
         list(loader.eval_loader(Numbers(raises(RuntimeError("a bug"))), 1, process=Process(), workers=1))
+    exits.end_workers()  # as every program does: the bug's traceback would wait for them
 
 
 @pytest.mark.parametrize("free, ahead", [(400_000, 2), (399_999, 1), (200_000, 1), (199_999, None), (90_000, None)])
@@ -452,7 +453,7 @@ def test_batches_ahead_are_as_many_as_there_is_room_for(pairs, monkeypatch, free
     pairs.transform = lambda image: torch.zeros(3125, dtype=torch.uint8)
     usage = shutil.disk_usage("/")._replace(free=free if short == "/dev/shm" else 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(cache, "free_memory", lambda: 2 * free if short == "the memory" else 10**9)
+    monkeypatch.setattr(distributed, "free_memory", lambda: 2 * free if short == "the memory" else 10**9)
     load = {"process": Process(0, 2, 0, 2), "seed": 9}
     if ahead is None:
         room = f"{short}: has room for {free / 1e6:.3f} MB of batches, and 8 loading workers prepare 0.200 MB"
