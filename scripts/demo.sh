@@ -8,22 +8,23 @@ cd "$(dirname "$(realpath "$0")")/.."
 
 export folder=${1:-runs/demo} CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
 export patches="$folder/patches"
-checkpoint="$folder/pretrain/checkpoint_0015.pth.tar"
+checkpoint="$folder/pretrain/checkpoint_0007.pth.tar"
 
 python scripts/make_demo_patches.py "$patches"
 
-echo "Pretraining without labels, 400 steps in two processes: three to four minutes (all lines: $folder/pretrain.txt)"
+echo "Pretraining without labels, 200 steps in two processes: about two minutes (all lines: $folder/pretrain.txt)"
 torchrun --standalone --nproc-per-node 2 main_synco.py \
-    -a resnet18 --img-size 32 --epochs 16 --warmup-epochs 2 -b 128 --lr 0.06 --wd 5e-4 --cos --mlp --aug-plus \
-    --moco-k 1024 --moco-m 0.99 --moco-t 0.1 --bn-splits 2 --n-hard 64 --n1 32 --n2 32 --n3 32 --n4 8 --n5 8 --n6 8 \
-    --knn-freq 4 --knn-k 20 --keep 1 --seed 0 --overwrite --save-dir "$folder/pretrain" "$patches" |
+    -a resnet18 --img-size 32 --epochs 8 --warmup-epochs 2 -b 128 --lr 0.015 --lr-warmup-epochs 1 --wd 5e-4 --cos \
+    --mlp --aug-plus --moco-k 1024 --moco-m 0.99 --moco-t 0.1 --bn-splits 2 \
+    --n-hard 64 --n1 32 --n2 32 --n3 32 --n4 8 --n5 8 --n6 8 \
+    --knn-freq 2 --knn-k 20 --keep 1 --seed 0 --overwrite --save-dir "$folder/pretrain" "$patches" |
     tee "$folder/pretrain.txt" | grep --line-buffered ^kNN
 
 evaluate() { # NAME WEIGHTS
     local trials="$folder/trials/$1" lr best
     local common=(-a resnet18 --img-size 32 --seed 0 "$patches")
     local train=(--pretrained "$2" --hold-out 640 --val-freq 0)
-    python main_lincls.py "${common[@]}" "${train[@]}" --epochs 8 -b 32 --cos --lr 0.01 0.03 0.1 0.3 1 \
+    python main_lincls.py "${common[@]}" "${train[@]}" --epochs 8 -b 32 --cos --lr 0.003 0.01 0.03 0.1 0.3 1 \
         --save-dir "$trials/lincls"
     for lr in 0.002 0.01 0.05; do
         python main_semisup.py "${common[@]}" "${train[@]}" --epochs 16 -b 64 --train-percent 10 --weights finetune \

@@ -97,7 +97,7 @@ def page(folder: pathlib.Path, rows: list[tuple[str, ...]]) -> str:
             "Val's patches are from the photographs' right quarters, of which nothing was trained on. The probe trains "
             "one layer on labelled patches, the fine-tuning the whole network on a tenth of them. Both weights had the "
             "same learning rates, and each takes what is best on 640 training patches that are held out. All numbers "
-            "are of this run; another processor's rounding has moved SynCo's by up to four points.",
+            "are of this run; by another processor's rounding alone they have lain up to two points off their mean.",
             f"<table><tr>{'<tr>'.join(lines)}</table>",
         ),
         look.section(
