@@ -286,7 +286,7 @@ def parse():
             vars(args)[flag] = True
     for wrong, message in (
         (any(methods.counts(args)) and args.n_hard > args.moco_k, f"--n-hard {args.n_hard} is larger than the queue: "
-         f"--moco-k is {args.moco_k}"),
+         f"--moco-k is {args.moco_k} (--method synco scales all counts to it)"),
         (args.blur and not (args.aug_plus or args.aug_heavy), "--blur goes with --aug-plus or --aug-heavy: MoCo v1's "
          "augmentation has none"),
         (args.init_from == "", "--init-from '': must name weights"),

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other.
+"""What the processes of a run tell each other, and which CPUs and how much memory they have.
 
 World size 1 and a CPU are ordinary cases: without a process group the collectives below act on one process.
 """

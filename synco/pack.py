@@ -234,6 +234,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.verify == (args.out is not None):
         raise UserError("--verify takes one folder" if args.verify else "OUT is needed: the folder for the shards")
     options.check_data(args)
+    if args.out and os.path.realpath(args.out) == os.path.realpath(args.data):
+        raise UserError(f"{args.out}: is SOURCE itself; give another folder for the shards")
     return args
 
 

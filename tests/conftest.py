@@ -270,7 +270,8 @@ def forks(count, function, *args):
 
 
 def _fork(rank, function, args, folder):
-    gc.freeze()  # a fork's end would copy all that the helper has imported, to look for garbage
+    gc.freeze()  # a fork would copy all that the helper has imported, to look for garbage
+    gc.enable()
     torch.set_num_threads(1)
     pathlib.Path(folder, str(rank)).write_bytes(pickle.dumps(function(rank, *args)))
 
@@ -330,6 +331,7 @@ class Fork:
 
 def _run_program(path, flags, env, pipes):
     gc.freeze()  # see _fork
+    gc.enable()
     for number, pipe in enumerate(pipes, start=1):
         os.dup2(os.open(pipe, os.O_WRONLY), number, inheritable=True)
     os.setsid()

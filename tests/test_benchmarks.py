@@ -54,7 +54,7 @@ def test_the_acceptance_of_a_gpu_goes_on_after_a_part_that_fails_and_writes_its_
     """On the CPU, tiny; a second call adds to the first one's file."""
     make_images(tmp_path / "photos", classes=2, images=3)
     (tmp_path / "README.md").write_text("before\n<!-- gpu.py --tables -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setitem(gpu.PARTS, "step", (60, "benchmarks/head.py --nothing", ""))
+    monkeypatch.setitem(gpu.PARTS, "step", (60, "benchmarks/head.py --nothing", ""))  # which starts faster
     monkeypatch.setitem(gpu.PARTS, "step, 32 images", (0.01, "benchmarks/step.py", ""))
 
     def call(*flags):

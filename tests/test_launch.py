@@ -21,7 +21,7 @@ import os, sys, time
 time.sleep(float(os.environ.get("LATE", 0)))
 import torch
 import torch.testing._internal.distributed.fake_pg  # a back end that waits for nobody
-from synco import distributed, options
+from synco import distributed, loader, options
 from synco.errors import UserError
 from synco.launch import launch
 
@@ -41,8 +41,6 @@ def run(process, args):
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         args.fail = ""  # what torchrun starts again goes well
     if args.workers:
-        from synco import loader
-
         batches = iter(loader.eval_loader(range(1000), 2, process=process, workers=args.workers))
         next(batches)
     total = distributed.total(torch.ones(1)).item()

@@ -443,7 +443,7 @@ def test_shared_memory_that_is_full_is_said_with_a_cure():
         list(loader.eval_loader(Numbers(raises(full)), 1, process=Process(), workers=1))
     with pytest.raises(RuntimeError, match="Original Traceback"):  # a bug keeps its own
         list(loader.eval_loader(Numbers(raises(RuntimeError("a bug"))), 1, process=Process(), workers=1))
-    exits.end_workers()  # as every program does: the bug's traceback would wait for them
+    exits.end_workers()  # as every program does: the traceback keeps the iterator, whose end would wait for them
 
 
 @pytest.mark.parametrize("free, ahead", [(400_000, 2), (399_999, 1), (200_000, 1), (199_999, None), (90_000, None)])

@@ -162,6 +162,8 @@ def test_another_packing_is_not_mixed_in(tmp_path, packing):
     forms.put(tmp_path / "data" / "train" / forms.WNIDS[0] / "more.jpg", forms.jpeg(9))
     status, _, err = packing(args, tmp_path / "out")
     assert status == 2 and "holds another packing of train (images is another)" in err
+    status, _, err = packing(args, tmp_path / "data")
+    assert status == 2 and err.endswith("data: is SOURCE itself; give another folder for the shards\n")
     assert contents(tmp_path / "out") == before
     forms.tar(tmp_path / "theirs" / "train-000000.tar", {"a.jpg": b""})
     status, _, err = packing(args, tmp_path / "theirs")
