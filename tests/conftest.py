@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -355,6 +356,16 @@ def script(name, *flags):
     run = Fork(f"{name}.py", *flags, env=without_launcher())
     out, err = run.communicate()
     return subprocess.CompletedProcess(flags, run.returncode, out, err)
+
+
+def left_behind(folder, session):
+    """As `survival.left_behind`, once Python's helper process has had the time to see that its trainer has gone."""
+    from benchmarks import survival
+
+    until = time.monotonic() + 3
+    while (found := survival.left_behind(str(folder), session)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
 
 
 def start_ranks(world_size, name, *flags):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import LAUNCHERS, ROOT, Fork, free_port, without_launcher
+from conftest import LAUNCHERS, ROOT, Fork, free_port, left_behind, without_launcher
 
 from benchmarks import survival as interrupted
 from synco.launch import launch_status
@@ -95,10 +95,7 @@ def launch(tmp_path):
 
 def left_of(started, tmp_path):
     """What a program leaves behind: its processes, and Python's temporary folders."""
-    until = time.monotonic() + 3
-    while interrupted.left_behind(str(tmp_path), started.pid) and time.monotonic() < until:
-        time.sleep(0.05)  # for Python's helper process
-    return interrupted.left_behind(str(tmp_path), started.pid) + list((tmp_path / "temporary").glob("pymp-*"))
+    return left_behind(tmp_path, started.pid) + list((tmp_path / "temporary").glob("pymp-*"))
 
 
 SPAWN = ("--multiprocessing-distributed", "--world-size", "1", "--rank", "0")

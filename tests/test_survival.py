@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ARCH, ROOT, SMALL, processes, program_of, start_ranks, without_launcher
+from conftest import ARCH, ROOT, SMALL, left_behind, processes, program_of, start_ranks, without_launcher
 
 from benchmarks import survival as interrupted
 from synco import checkpoint, files, loader, metrics
@@ -144,7 +144,7 @@ def test_two_processes_killed_and_warned_end_identical(place, killed):
         time.sleep(0.01)
     os.killpg(run.pid, signal.SIGTERM)
     assert run.wait(60) == 75 and "resumed  " in printed.read_text()
-    assert interrupted.left_behind(folder, run.pid) == []
+    assert left_behind(folder, run.pid) == []
     statuses, _, err = program_of(2, "main_synco", *flags_of(place, folder))
     assert statuses == [0, 0] and interrupted.differences(str(place / "calm"), folder) == [], err
 
