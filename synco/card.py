@@ -79,8 +79,9 @@ def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any
 
 def _row(measure, result):
     """What the table shows of a trial's result, or of one measure of an evaluation."""
-    kind = measure and measures.in_words(measure)
-    if measure is None:
+    if measure is not None:
+        kind = measures.in_words(measure)
+    else:
         program = os.path.basename(str(result.get("command", "")).partition(" ")[0])
         kind = next((words for part, words in RESULTS.items() if part in program), "classifier")
     if isinstance(result.get("val"), dict):  # the best was chosen on other images

@@ -230,6 +230,7 @@ class WholeBatches(Batches):
         return full + (rest > 1 or full == 0)
 
     def whole_epoch(self) -> Iterator[list]:
+        """The batches of an epoch, without a last one of a single image."""
         keys = iter(self.sampler)
         for _ in range(len(self) - 1):
             yield list(itertools.islice(keys, self.batch_size))

@@ -368,8 +368,7 @@ class Run:
 class Step:
     """One step: its batch, its place, and what it has to report.
 
-    epoch, i: it is step i of that epoch; done: steps of the whole run before it; batch: as the loader gives it;
-    notes: numbers of a print step for its line in the log.
+    epoch, i: it is step i of that epoch; batch: as the loader gives it; notes: a print step's numbers for the log.
     """
 
     run: Run
@@ -381,6 +380,7 @@ class Step:
 
     @property
     def done(self) -> int:
+        """Steps of the whole run before this one."""
         return self.epoch * self.run.steps_per_epoch + self.i
 
     @property
