@@ -88,6 +88,8 @@ def _row(measure, result):
         result = result | result["val"] | {"val_images": ""}
     elif result.get("hold_out"):
         kind += ", on held-out training images"
+    elif isinstance(result.get("heads"), list):
+        kind += f", the best of {len(result['heads'])} settings on these images"
     row = {name: float(result[name]) for name in ("top1", "low", "high") if name == "top1" or name in result}
     return row | {"kind": kind} | {name: result[name] for name in ("top5", "val_images") if name in result}
 

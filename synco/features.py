@@ -296,7 +296,7 @@ def open_store(args: argparse.Namespace, process: Process) -> Iterator[Store]:
     if args.features == "":
         raise UserError("--features '': must name a folder")
     if args.features is not None:
-        if process.rank == 0:
+        if process.rank == 0 and not os.path.isdir(args.features):  # of one that is there it may only be read
             files.make_folders(args.features)
         distributed.barrier()
         yield Store(args.features, process, **settings)

@@ -36,10 +36,13 @@ def load_weights(model: SynCo, run: Run, args: argparse.Namespace) -> tuple[dict
 
     The query encoder's backbone, and the head where the file has one that fits; the key encoder becomes a copy.
     Rank 0 reads them, and the others get its. A run that goes on keeps the checkpoint's weights and settings.
-    Raises UserError if there are no such weights, they are of another network, or the run began with others.
+    Raises UserError if there are no such weights, they are of another network, the run began with others, or what it
+    would go on from is a classifier.
     """
     what, stored = args.init_from, run.before.get("init_from")
     if run.path:
+        if backbone.is_classifier(run.saved):
+            raise UserError(f"{run.path}: is a classifier's checkpoint; --init-from takes it")
         if what and what != stored:
             began = f"began with {stored or 'random weights'}"
             raise UserError(f"--init-from {what}: {run.path} is of a run that {began}; leave it out to go on")

@@ -96,19 +96,23 @@ def test_an_evaluations_accuracies(trained, tool, tmp_path):
     assert text.count(", on held-out training images | ") == 2
 
 
-def test_held_out_images_are_no_val(trained, tool, tmp_path):
-    """A rate chosen on them has its number on val in the card; without one the row says what it is of."""
+def test_a_row_says_what_its_rate_was_chosen_on(trained, tool, tmp_path):
+    """On held-out images: its number on val, without one that it is of those; on val: that it is the best of many."""
     folder, _ = trained
     result = {"top1": 77.0, "top5": 97.0, "val_images": 640, "command": "main_lincls.py", "hold_out": 640}
     result["checkpoint_sha256"] = files.sha256(folder / "ours.tar")
     files.write_json(tmp_path / "several.json", result | {"val": {"top1": 70.0, "top5": 90.0}})
     files.write_json(tmp_path / "one.json", result | {"command": "main_semisup.py"})
+    best = {"top1": 71.0, "val_images": 500, "hold_out": None, "heads": [{"lr": 1.0}, {"lr": 10.0}]}
+    files.write_json(tmp_path / "best.json", result | best)
     words = [folder / "ours.tar", "--card", tmp_path / "card", "--results", tmp_path / "several.json"]
-    assert tool(export, *words, tmp_path / "one.json")[0] == 0
+    assert tool(export, *words, tmp_path / "one.json", tmp_path / "best.json")[0] == 0
     lines = (tmp_path / "card" / "README.md").read_text().splitlines()
     assert "| linear probe | 70.00 % | 90.00 % |  | `main_lincls.py` |" in lines
     told = "training on labels, on held-out training images"
     assert f"| {told} | 77.00 % | 97.00 % | 640 | `main_semisup.py` |" in lines
+    told = "linear probe, the best of 2 settings on these images"
+    assert f"| {told} | 71.00 % | 97.00 % | 500 | `main_lincls.py` |" in lines
 
 
 def test_settings_that_decide_a_run_are_listed():

@@ -90,6 +90,22 @@ def test_the_table(programs, pretrained, many, tmp_path):
     assert json.loads((tmp_path / "e.json").read_text()) == found
 
 
+def test_a_store_that_can_only_be_read(programs, pretrained, many, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(evaluate, "PERCENTS", (1,))
+    words = [pretrained, many, *FLAGS, "--features", tmp_path / "f"]
+    assert programs("synco.evaluate", *words)[0] == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # files can be made, and hold little
+    try:
+        status, out, err = programs("synco.evaluate", *words)
+        refusal = programs("synco.evaluate", *words, "--img-size", 24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (status, err) == (0, "") and out.count("there already") == 5
+    assert refusal[0] == 2 and refusal[2].count("\n") == 1 and "cannot be written" in refusal[2]
+
+
 def test_numbers_are_found_once(programs, pretrained, many, tmp_path, monkeypatch):
     """And anew where anything that they depend on is another, or where what is kept of them is damaged."""
     counts, compute = [0], evaluate.compute
