@@ -288,8 +288,7 @@ def _process(rank, world_size, port, function, args):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     result = function(rank, *args)
     dist.barrier()
-    dist.destroy_process_group()
-    return result
+    return result  # the group goes with the process: to destroy it can hang, with torch 2.6 after an all-to-all
 
 
 class Fork:

@@ -56,6 +56,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, raising=False)  # of an encoder
     with FakeTensorMode(), SameKind():
+        try:
+            torch.empty(1, device="cuda").uniform_()
+        except RuntimeError as error:
+            if "driver" not in str(error):
+                raise
+            pytest.skip(f"torch {torch.__version__} asks the driver even for a fake GPU's random numbers")
         yield torch.device("cuda", 0)
 
 
