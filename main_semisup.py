@@ -64,7 +64,7 @@ def train(process: distributed.Process, args) -> None:
         facts=task.facts(),
         identity=task.identity() | {"subset_sha256": subsets.digest(task.images)},
         rates=(*heads.rate_names, "lr_backbone"),
-        results=lambda: {**task.results(), "scheduler": scheduler_state(base, run.epoch, args.epochs)},
+        results=lambda: {**task.results(), "scheduler": scheduler_state(base, task.run.epoch, args.epochs)},
     )
     if finetune != (args.lr_backbone > 0):
         effect = "the backbone's weights will not move" if finetune else "the backbone stays frozen"

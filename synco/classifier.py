@@ -4,28 +4,17 @@ import argparse
 import functools
 import math
 import os
+import weakref
 from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 
-from synco import (
-    augment,
-    backbone,
-    cache,
-    checkpoint,
-    datasets,
-    distributed,
-    files,
-    loader,
-    metrics,
-    networks,
-    options,
-    subsets,
-)
+from synco import augment, backbone, cache, checkpoint, datasets, distributed, files, loader, metrics, options, subsets
 from synco.errors import Failure, UserError
 from synco.folder import RunFiles
 from synco.heads import Heads, after, describe, summarize, validate
+from synco.networks import head_name, network_errors_as_user_errors, network_of, try_images
 from synco.precision import Precision
 from synco.run import Run
 
@@ -66,7 +55,8 @@ class Classifier:
     """
 
     def __init__(self, run: Run, args, precision: Precision, *, frozen: bool, choose: Callable | None = None) -> None:
-        self.run, self.args, self.process, self.precision = run, args, run.process, precision
+        self.run = weakref.proxy(run)  # it holds `results`: the loaders would be in a circle, whose end has no order
+        self.args, self.process, self.precision = args, run.process, precision
         if run.saved and backbone.is_pretraining(run.saved):
             raise UserError(f"{run.path}: is a pretraining checkpoint; --pretrained takes it")
         if not run.path and not args.pretrained:
@@ -120,10 +110,10 @@ class Classifier:
         """
         args, run, settings = self.args, self.run, self.settings
         torch.manual_seed(run.seed)
-        with networks.network_errors_as_user_errors(args.arch, settings["img_size"]):
-            make = networks.network_of(args.arch, settings["img_size"], settings["stem"])
+        with network_errors_as_user_errors(args.arch, settings["img_size"]):
+            make = network_of(args.arch, settings["img_size"], settings["stem"])
             self.network = make(num_classes=len(self.classes))
-            self.head = networks.head_name(self.network, len(self.classes))
+            self.head = head_name(self.network, len(self.classes))
         self.last_layer = self.network.get_submodule(self.head)
         nn.init.normal_(self.last_layer.weight, std=0.01)
         nn.init.zeros_(self.last_layer.bias)
@@ -148,7 +138,7 @@ class Classifier:
                     flag = f"--{name.replace('_', '-')} {settings[name]}"
                     distributed.warn(f"{flag}: {run.path or args.pretrained} is of a run with {config[name]}")
         self.precision.place(self.network)
-        networks.try_images(self.network, args.arch, settings["img_size"])
+        try_images(self.network, args.arch, settings["img_size"])
         return weights
 
     def add_heads(self, flag: str, rates: float | list[float]) -> Heads:
@@ -361,6 +351,8 @@ class Classifier:
         """result.json and with a confusion matrix the tables. Other results that are there get another name."""
         args, file = self.args, self.run.folder.file
         result = result | {"checkpoint": path, "checkpoint_sha256": digest, "arch": args.arch, "data": args.data}
+        trained = self.run.before if args.evaluate else vars(args)
+        result |= {name: trained[name] for name in ("train_percent", "weights") if name in trained}
         result |= {"hold_out": args.hold_out}
         result |= {"img_size": self.settings["img_size"], "val_images": self.val_images, "classes": len(self.classes)}
         try:

@@ -1,5 +1,6 @@
 """Small programs of real gloo processes: how they are started, and how they end when something fails."""
 
+import gc
 import os
 import shutil
 import signal
@@ -11,7 +12,8 @@ import time
 
 import pytest
 import torch
-from conftest import LAUNCHERS, ROOT, Fork, free_port, left_behind, without_launcher
+from conftest import LAUNCHERS, ROOT, SMALL, Fork, free_port, left_behind, without_launcher
+from torch.utils.data import DataLoader
 
 from benchmarks import survival as interrupted
 from synco.launch import launch_status
@@ -425,3 +427,26 @@ def test_nothing_that_is_printed_ends_a_program(tmp_path, where, encoding):
         expected = {"ascii": b"? ? ?.jpg", "latin-1": b"\xe9 ? ?.jpg", "utf-8": "é → ?.jpg".encode()}[encoding]
         assert (tmp_path / "out").read_bytes() == expected + b"\nthe last"
         assert b".jpg\n" in (tmp_path / "err").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("main_synco", [*SMALL, "--knn-freq", 1]),
+        ("main_lincls", [*SMALL[:4], "--epochs", 1, "--lr", 1]),
+        ("main_semisup", [*SMALL[:4], "--epochs", 1]),
+        ("main_lincls", [*SMALL[:4], "-b", 8, "--epochs", 2, "--lr", 1e38]),
+    ],
+    ids=["pretraining", "probe", "fine-tuning", "failure"],
+)
+def test_what_loads_images_ends_with_its_program(programs, pretrained, data, tmp_path, name, flags):
+    """In a circle of references it would stay, to be taken apart in any order: workers then print tracebacks."""
+    start = [] if name == "main_synco" else ["--pretrained", pretrained]
+    gc.collect()
+    gc.disable()
+    try:
+        status = programs(name, *flags, "-j", 0, *start, "--save-dir", tmp_path / "r", data)[0]
+        left = [found for found in gc.get_objects() if isinstance(found, DataLoader)]
+    finally:
+        gc.enable()
+    assert status == (1e38 in flags) and not left
