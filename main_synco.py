@@ -163,6 +163,8 @@ def batch_of_each(args, process: distributed.Process) -> int:
     """How many images a process takes in a step: its share of --batch-size."""
     batch = loader.batch_each(args.batch_size, process.local_size)
     if batch % args.bn_splits or batch // args.bn_splits < 2:
+        if args.bn_splits == 1:
+            raise UserError(f"--batch-size {args.batch_size}: a process takes {batch}, and BatchNorm needs 2 at least")
         given = f"--batch-size {args.batch_size} --bn-splits {args.bn_splits}"
         raise UserError(f"{given}: the {batch} images of a process do not divide into equal splits of at least 2")
     if args.moco_k < (keys := batch * process.world_size * (1 + args.symmetric)):
@@ -217,7 +219,7 @@ def flags() -> options.Parser:
     identity, schedule, free = parser.identity, parser.schedule, parser.free
     # the model's defaults, from the one place where they stand
     model = {name: parameter.default for name, parameter in inspect.signature(SynCo).parameters.items()}
-    options.add_data(parser)
+    options.add_data(parser, unlabelled=True)
     options.add_run(parser, epochs=200, batch_size=256, save_dir="./", steps=True)
     for add in (options.add_skipping, options.add_distributed, options.add_speed, initial.add_flags):
         add(parser)

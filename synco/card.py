@@ -1,6 +1,7 @@
 """A model card: a folder from which timm loads a backbone, and which says what it is and where it comes from."""
 
 import importlib.util
+import math
 import os
 import tempfile
 from typing import Any
@@ -51,6 +52,8 @@ def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any
     Raises UserError that names a file which is of another checkpoint, or neither of the two.
     """
     results = []
+    if twice := [name for name in paths if paths.count(name) > 1]:
+        raise UserError(f"--results {twice[0]}: is given twice")
     for name in paths:
         if not os.path.isfile(name):
             raise UserError(f"--results {name}: no such file")
@@ -84,6 +87,9 @@ def _row(measure, result):
     else:
         program = os.path.basename(str(result.get("command", "")).partition(" ")[0])
         kind = next((words for part, words in RESULTS.items() if part in program), "classifier")
+        if "train_percent" in result:
+            how = "fine-tuning" if result.get("weights") == "finetune" else "linear classifier"
+            kind = f"{how} on {result['train_percent']} % of the labels"
     if isinstance(result.get("val"), dict):  # the best was chosen on other images
         result = result | result["val"] | {"val_images": ""}
     elif result.get("hold_out"):
@@ -91,6 +97,8 @@ def _row(measure, result):
     elif isinstance(result.get("heads"), list):
         kind += f", the best of {len(result['heads'])} settings on these images"
     row = {name: float(result[name]) for name in ("top1", "low", "high") if name == "top1" or name in result}
+    if not all(map(math.isfinite, row.values())):
+        raise ValueError("an accuracy that is no number")
     return row | {"kind": kind} | {name: result[name] for name in ("top5", "val_images") if name in result}
 
 
@@ -165,7 +173,6 @@ def describe(folder: str, path: str, saved: dict[str, Any], digest: str, results
     origin = config["origin"] if isinstance(config.get("origin"), dict) else {}
     versions = origin["versions"] if isinstance(origin.get("versions"), dict) else {}
     exported = metrics.origin()
-    epochs = f", {saved['epoch']} epochs" if isinstance(saved.get("epoch"), int) else ""
     size = saved["img_size"]
     return f"""---
 library_name: timm
@@ -174,7 +181,7 @@ license: cc-by-nc-4.0
 tags:
 - timm
 ---
-# {_plain(saved["arch"])}{epochs}
+# {_plain(saved["arch"])}{_length(saved)}
 
 A backbone, which turns images (N, 3, {size}, {size}) into features.
 
@@ -218,6 +225,13 @@ folder is uploaded, `hf-hub:OWNER/NAME` takes the place of `local-dir:...`.
 
 [CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), as the program that trained it.
 """
+
+
+def _length(saved):
+    done, steps, epochs = (saved.get(name) for name in ("step", "steps_per_epoch", "epoch"))
+    if isinstance(done, int) and isinstance(steps, int) and steps > 0:  # a length in steps ends within an epoch
+        epochs = round(done / steps, 2)
+    return f", {epochs:g} epochs" if isinstance(epochs, (int, float)) else ""
 
 
 def _plain(value: object) -> str:

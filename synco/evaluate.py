@@ -100,7 +100,7 @@ def flags() -> options.Parser:
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="what to evaluate, or 'random'")
-    options.add_data(parser)
+    options.add_data(parser, unlabelled=True)
     options.add_distributed(parser)
     features.add_features(parser)
     flag("--compare", metavar="OTHER", help="a second checkpoint, on the same images, and whether the two differ")

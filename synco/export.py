@@ -43,12 +43,12 @@ def parse() -> argparse.Namespace:
         help="with --card: result.json files, and what synco.evaluate -o wrote",
     )
     args = parser.parse_args()
+    if args.results and args.card is None:
+        parser.error("--results goes with --card FOLDER")
     if args.output is None and args.card is None:
         parser.error("the following arguments are required: OUT, or --card FOLDER")
     if args.card is not None and (args.output is not None or args.with_head):
         parser.error(f"--card {args.card}: goes without OUT and --with-head")
-    if args.results and args.card is None:
-        parser.error("--results goes with --card FOLDER")
     return args
 
 

@@ -105,8 +105,8 @@ class RunFolder:
         resume = "auto" if self.restarted and held else resume
         path = resume if resume != "auto" else held[-1] if held else None
         path = path or None
-        if path and resume != "auto" and not os.path.isfile(path):
-            raise UserError(f"{path}: no such checkpoint file")
+        if path and resume != "auto":
+            _check_file(path)
         self._check_kind(path)
         inside = bool(path) and self.holds(path)
         if inside and self.overwrite:
@@ -207,8 +207,7 @@ class RunFolder:
             if resume == "auto" and not held:
                 raise UserError(f"-e --resume auto: {self.path} holds no classifier")
             path = held[0] if resume == "auto" else resume
-            if not os.path.isfile(path):
-                raise UserError(f"{path}: no such checkpoint file")
+            _check_file(path)
             if os.path.exists(self.path) and not os.path.isdir(self.path):
                 raise UserError(f"--save-dir {self.path}: is not a folder")
             others = [product for product in self._products() if not product.endswith("result.json")]
@@ -287,6 +286,13 @@ class RunFolder:
             files.write_json(self.file(MARKER), {"signal": signal, "step": step, "checkpoint": name})
         except OSError as error:
             distributed.warn(f"{self.path}: {MARKER} cannot be written ({error.strerror})")
+
+
+def _check_file(path):
+    if os.path.isdir(path):
+        raise UserError(f"--resume {path}: is a folder; give a checkpoint, or --save-dir {path} --resume auto")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint file")
 
 
 def _listed(folder):

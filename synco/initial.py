@@ -63,12 +63,12 @@ def load_weights(model: SynCo, run: Run, args: argparse.Namespace) -> tuple[dict
 def _load(model, what, args):
     """Rank 0's part of `load_weights` → what was taken and what not, in words."""
     content = _of_torchvision(what, args.arch) if what.startswith(TORCHVISION) else checkpoint.load(what)
-    stats = content["config"].get("stats", args.stats)
-    if stats != args.stats:
-        distributed.warn(f"--stats {args.stats}: {what} is of a run with {stats}")
     encoder, head = model.encoder_q, model.head
     weights = backbone.weights_of(content, what, head, arch=args.arch, classifier=True)
     count = backbone.load_backbone(encoder, head, weights, what)
+    stats = content["config"].get("stats", args.stats)
+    if stats != args.stats:
+        distributed.warn(f"--stats {args.stats}: {what} is of a run with {stats}")
     wanted = {name: tensor for name, tensor in encoder.state_dict().items() if name.startswith(head + ".")}
     found = backbone.head_of(content, head)
     if not found or backbone.is_classifier(content):

@@ -83,7 +83,7 @@ def flags() -> options.Parser:
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="whose features to look at, or 'random'")
-    options.add_data(parser)
+    options.add_data(parser, unlabelled=True)
     options.add_distributed(parser)
     features.add_features(parser)
     flag("-o", "--output", required=True, metavar="FILE", help="the page to write, or to renew: FILE.html")

@@ -343,10 +343,10 @@ def origin() -> dict:
     """The command line and the versions of Python and the packages, to be stored with what they made."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # a class of torch's own
     versions |= {"torchvision": torchvision.__version__, "synco": _version()}
-    words, spec = sys.argv, sys.modules["__main__"].__spec__
+    program, spec = [os.path.basename(sys.argv[0])], sys.modules["__main__"].__spec__
     if spec is not None and spec.name.startswith("synco."):  # python -m
-        words = ["python", "-m", spec.name, *sys.argv[1:]]
-    return {"command": shlex.join(words), "versions": versions}
+        program = ["python", "-m", spec.name]
+    return {"command": shlex.join([*program, *sys.argv[1:]]), "versions": versions}
 
 
 @functools.cache

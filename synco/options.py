@@ -152,12 +152,16 @@ def architecture(name: str) -> str:
     return given
 
 
-def add_data(parser: Parser, *, positional: bool = True) -> None:
-    """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network."""
+def add_data(parser: Parser, *, positional: bool = True, unlabelled: bool = False) -> None:
+    """What to read and with which network: DATA unless it comes another way, data set, image size, workers, network.
+
+    unlabelled: whether images without labels will do.
+    """
     identity, free = parser.identity, parser.free
     with parser.group("data and network"):
         if positional:
-            where = "folder of train/CLASS/IMAGE and val/CLASS/IMAGE, or of images without labels, or --dataset's own"
+            other = "or of images without labels, " if unlabelled else ""
+            where = f"folder of train/CLASS/IMAGE and val/CLASS/IMAGE, {other}or --dataset's own"
             free("data", metavar="DATA", help=where)
         layout = "DATA's layout (imagenet: in any form; shards: WebDataset's tar files), or a data set of torchvision's"
         free("--dataset", default="imagefolder", choices=DATASETS, help=layout)

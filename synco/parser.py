@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterator
 
@@ -93,7 +94,8 @@ class Parser(argparse.ArgumentParser):
         formatter = self.formatter_class(prog=f"{self.prog} [flags]")
         needed = [action for action in self._actions if action.required or not action.option_strings]
         formatter.add_usage(None, needed, [])
-        formatter.add_text(self.description)
+        command = self.prog if self.prog.startswith("synco-") else r"\g<0>"  # the script's, where it is installed
+        formatter.add_text(re.sub(r"python main_\w+\.py", command, self.description))
         for title in (self._first, *GROUPS):
             formatter.start_section(title)
             actions = [action for action, its_title in self._titles.items() if its_title == title]

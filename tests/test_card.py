@@ -115,6 +115,27 @@ def test_a_row_says_what_its_rate_was_chosen_on(trained, tool, tmp_path):
     assert f"| {told} | 71.00 % | 97.00 % | 500 | `main_lincls.py` |" in lines
 
 
+def test_a_row_says_how_many_labels_there_were(trained, tool, tmp_path):
+    folder, _ = trained
+    result = {"top1": 50.0, "checkpoint_sha256": files.sha256(folder / "ours.tar"), "command": "main_semisup.py"}
+    files.write_json(tmp_path / "few.json", result | {"train_percent": 1, "weights": "finetune"})
+    files.write_json(tmp_path / "more.json", result | {"train_percent": 10, "weights": "freeze"})
+    words = ["--card", tmp_path / "card", "--results", tmp_path / "few.json", tmp_path / "more.json"]
+    assert tool(export, folder / "ours.tar", *words)[0] == 0
+    text = (tmp_path / "card" / "README.md").read_text()
+    assert "| fine-tuning on 1 % of the labels | 50.00 % |" in text
+    assert "| linear classifier on 10 % of the labels | 50.00 % |" in text
+
+
+@pytest.mark.parametrize("step, title", [(3, "1.5 epochs"), (4, "2 epochs"), ("many", "2 epochs")])
+def test_a_length_in_steps_may_end_within_an_epoch(trained, tool, tmp_path, step, title):
+    folder, _ = trained
+    content = torch.load(folder / "ours.tar", weights_only=True) | {"epoch": 2, "step": step, "steps_per_epoch": 2}
+    torch.save(content, tmp_path / "x.tar")
+    assert tool(export, tmp_path / "x.tar", "--card", tmp_path / "card")[0] == 0
+    assert f"# resnet18, {title}\n" in (tmp_path / "card" / "README.md").read_text()
+
+
 def test_settings_that_decide_a_run_are_listed():
     """All but the network, which is the title, and --aug, which stands in other settings."""
     decisive = {name for name, kind in main_synco.flags().kinds.items() if kind in ("identity", "schedule")}
@@ -167,6 +188,7 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
     for name, checkpoints in (
         ("empty", []),
         ("null", [{"checkpoint_sha256": digest, "accuracies": {"knn k=1 t=1": {"top1": 1.0, "low": None}}}]),
+        ("nan", [{"checkpoint_sha256": digest, "accuracies": {"knn k=1 t=1": {"top1": float("nan")}}}]),
         ("bare", [{"checkpoint_sha256": digest, "accuracies": {}}]),
         ("random", [{"checkpoint_sha256": None, "path": "random", "accuracies": {}}]),
     ):
@@ -183,6 +205,8 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
         ([ours, "--card", "new", "--results", "none.json"], "--results none.json: is not what main_lincls.py"),
         ([ours, "--card", "new", "--results", "empty.json"], "--results empty.json: is not what main_lincls.py"),
         ([ours, "--card", "new", "--results", "null.json"], "--results null.json: is not what main_lincls.py"),
+        ([ours, "--card", "new", "--results", "nan.json"], "--results nan.json: is not what main_lincls.py"),
+        ([ours, "--card", "new", "--results", "bare.json", "bare.json"], "--results bare.json: is given twice"),
         ([ours, "--card", "new", "--results", "bare.json"], "--results bare.json: holds no accuracies"),
         ([ours, "--card", "new", "--results", "random.json"], "another checkpoint (random weights) than"),
         (
@@ -193,7 +217,7 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
         (["small.tar", "--card", "new"], "--card: timm's resnet18 is another network: of another shape: conv1.weight"),
         ([ours, "--card", "new", "--with-head"], "--card new: goes without OUT and --with-head"),
         ([ours, "x.pth", "--card", "new"], "--card new: goes without OUT and --with-head"),
-        ([ours, "x.pth", "--results", "none.json"], "--results goes with --card FOLDER"),
+        ([ours, "--results", "none.json", "x.pth"], "--results goes with --card FOLDER"),
         ([ours], "the following arguments are required: OUT, or --card FOLDER"),
     ):
         status, out, err = tool(export, *words)

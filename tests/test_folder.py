@@ -125,6 +125,7 @@ def test_another_run_is_left_alone(place, tmp_path):
         (outside, "holds another run (checkpoint_0001.pth.tar)"),
         (older, f"--resume {older}: --save-dir holds the newer {newer}, which would be left; give another"),
         (str(place / "checkpoint_0009.pth.tar"), "checkpoint_0009.pth.tar: no such checkpoint file"),
+        (str(place), f"--resume {place}: is a folder; give a checkpoint, or --save-dir {place} --resume auto"),
     ):  # fmt: skip
         with pytest.raises(UserError) as error:
             folder(place).find(resume)

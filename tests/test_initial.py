@@ -208,6 +208,8 @@ def test_other_statistics_are_said(weights, data, tmp_path, program):
     flags = ["--epochs", 1, "--init-from", tmp_path / "x.tar", "--save-dir", tmp_path / "r", data]
     status, _, err = program(*SMALL, *flags)
     assert status == 0 and f"--stats imagenet: {tmp_path}/x.tar is of a run with cifar10" in err
+    status, _, err = program(*SMALL, *flags, "-a", "resnet18", "--overwrite")
+    assert (status, err.count("\n")) == (2, 1) and "; --arch is 'resnet18'" in err  # of a mistake, nothing else
 
 
 # ---------------------------------------------------------------------------------------------------- the queue

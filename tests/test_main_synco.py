@@ -530,7 +530,7 @@ BAD = {
     "-a alexnet --img-size 8": "-a alexnet --img-size 8: ",
     "--seed 99999999999": "argument --seed: '99999999999' is not a whole number >= 0 and <= 4294967295",
     "-b 25": "--batch-size 25: a step takes 25 images, ",
-    "-b 1": "--batch-size 1 --bn-splits 1: the 1 images of a process do not divide",
+    "-b 1": "--batch-size 1: a process takes 1, and BatchNorm needs 2 at least",
     "-b 9 --bn-splits 2": "--batch-size 9 --bn-splits 2: the 9 images",
     "--moco-k 7 --n-hard 4": "--moco-k 7 is smaller than the 8 keys of a step",
     "--n-hard 65": "--n-hard 65 is larger than the queue: --moco-k is 64",

@@ -38,6 +38,13 @@ def test_groups_and_the_flags_of_a_normal_run():
         parser.parse_args(["--most", "1", "--least", "1", "D"])
 
 
+def test_an_installed_command_gives_its_own_name():
+    parser = Parser("Try\n\n  python main_synco.py FOLDER")
+    for prog, command in (("main_synco.py", "python main_synco.py"), ("synco-pretrain", "synco-pretrain")):
+        parser.prog = prog
+        assert f"\n  {command} FOLDER\n" in parser.format_help()
+
+
 def test_what_is_required_stands_in_the_usage():
     parser = Parser("")
     parser.prog = "x.py"
