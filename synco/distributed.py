@@ -3,6 +3,7 @@
 World size 1 and a CPU are ordinary cases: without a process group the collectives below act on one process.
 """
 
+import contextlib
 import inspect
 import os
 import pathlib
@@ -12,7 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -34,7 +35,7 @@ class Process:
     """One process of a run: its place among all processes and on its node, and its device.
 
     restarted: whether torchrun has started the processes anew after the run had said that it `began`; such a run goes
-    on by itself. began(): to be called once the save folder is the run's own.
+    on by itself. began(): to be called once the save folder is the run's own. locks: given up at its end.
     """
 
     rank: int = 0
@@ -44,6 +45,7 @@ class Process:
     device: torch.device = torch.device("cpu")
     restarted: bool = False
     began: Callable[[], None] = _nothing
+    locks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
 
 
 def seed_of(purpose: str, *parts: int) -> int:

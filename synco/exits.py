@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from synco import files, signals
+from synco import signals
 from synco.errors import INTERRUPTED, Failure, UserError
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory")  # a device's, the host's
@@ -98,7 +98,7 @@ def report(line: str) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process now, with its children and locks.
+    """End this process now, with its children.
 
     Python's own end waits for children and threads, and a process group's for peers that have gone: seen with gloo in
     torch 2.6 to hang in every fourth run or so that went well.
@@ -106,7 +106,6 @@ def leave(status: int) -> NoReturn:
     try:
         signals.ignore_interrupts()
         end_workers()
-        files.unlock()
         gc.collect()  # what cycles keep has semaphores, which Python's tracker would report as leaked
         shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)  # Python's own end would do so
         sys.stdout.flush()

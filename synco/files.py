@@ -252,20 +252,3 @@ def _is_at(file: io.FileIO, path: str) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-_locks: dict[str, FolderLock] = {}  # of callers that do not keep theirs: `lock` and `unlock` go with them
-
-
-def lock(folder: StrPath, patience: float = 10.0) -> FolderLock:
-    """A folder's `FolderLock`, kept here until `unlock`; the same one when it is asked for again."""
-    folder = os.path.realpath(folder)
-    if folder not in _locks:
-        _locks[folder] = FolderLock(folder, patience)
-    return _locks[folder]
-
-
-def unlock() -> None:
-    """Release what `lock` has locked."""
-    while _locks:
-        _locks.popitem()[1].release()

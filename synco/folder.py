@@ -1,5 +1,6 @@
 """A run's folder: which files are its own, where it goes on, what is refused, and what is removed."""
 
+import contextlib
 import dataclasses
 import glob
 import os
@@ -43,7 +44,8 @@ class RunFolder:
     """The save folder of a run, and its log folder, which may be the same.
 
     overwrite: whether a run that is there is given up; keep: how many numbered checkpoints stay, 0: all;
-    restarted: by its launcher, after this very run began: what the folder holds is its own.
+    restarted: by its launcher, after this very run began: what the folder holds is its own; locks: where the folder's
+    is kept, until they are closed.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class RunFolder:
         overwrite: bool = False,
         keep: int = 0,
         restarted: bool = False,
+        locks: contextlib.ExitStack | None = None,
     ) -> None:
         self.path, self.log_path, self.files = path, log_path or path, run_files
         self.overwrite, self.keep, self.restarted = overwrite and not restarted, keep, restarted
+        self.locks, self._lock = locks or contextlib.ExitStack(), None
 
     def file(self, name: str) -> str:
         """The path of a file in the folder."""
@@ -220,9 +224,9 @@ class RunFolder:
 
     def lock(self) -> None:
         """Lock the folder, if it is there, for this process. Raises UserError if another one has it."""
-        if os.path.isdir(self.path):
+        if self._lock is None and os.path.isdir(self.path):
             try:
-                files.lock(self.path)
+                self._lock = self.locks.enter_context(files.FolderLock(self.path))
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 

@@ -53,10 +53,10 @@ class Guard(threading.Thread):
                 time.sleep(2 * self.INTERVAL)  # a warning to launcher and processes alike may come a little later
                 if signals.warned():
                     time.sleep(self.GRACE)
-                _end("the launcher has gone" if self.process.local_rank == 0 else None)
+                self._end("the launcher has gone" if self.process.local_rank == 0 else None)
             self.unanswered += self.store is not None
             if self.unanswered > self.seconds / self.INTERVAL + 2 * self.NOTICE:
-                _end("lost the process that holds the others together: it does not answer")
+                self._end("lost the process that holds the others together: it does not answer")
 
     def _watch_others(self) -> None:
         try:
@@ -67,13 +67,13 @@ class Guard(threading.Thread):
                     if self.store.check([FAILED]):
                         status = self._failure()[1]
                         time.sleep(self.NOTICE)
-                        leave(status)
+                        self._leave(status)
                     self.unanswered = 0
                 self._look(seen, beat)
         except RuntimeError:  # the process with the store may simply be done; then this one is about to be
             time.sleep(self.NOTICE)
             if not self._is_orphan():  # then the store has gone with the launcher, which `run` says
-                _end("lost the process that holds the others together")
+                self._end("lost the process that holds the others together")
 
     def _is_orphan(self) -> bool:
         return self.launched and os.getppid() != self.parent
@@ -91,7 +91,7 @@ class Guard(threading.Thread):
         if lost or late:
             first = self.process.rank == min(set(seen) - set(lost))
             why = f"{ranks(lost)}: no sign of life for {self.seconds:g} s" if lost else f"{ranks(late)}: never came"
-            _end(f"lost {why}" if first else None)
+            self._end(f"lost {why}" if first else None)
 
     def _failure(self) -> tuple[int, int]:
         rank, status = map(int, self.store.get(FAILED).split())
@@ -120,8 +120,19 @@ class Guard(threading.Thread):
         while time.monotonic() < until:
             if signals.warned():  # by a launcher, which says what happened once it has seen the other one's end
                 time.sleep(2 * self.NOTICE)
-                leave(1)
+                self._leave(1)
             time.sleep(0.2)
+
+    def _end(self, line: str | None) -> NoReturn:
+        try:
+            if line:
+                report(line)
+        finally:  # who read stderr may have gone with the launcher
+            self._leave(1)
+
+    def _leave(self, status: int) -> NoReturn:
+        self.process.locks.close()
+        leave(status)
 
 
 def _life(rank: int) -> str:
@@ -131,11 +142,3 @@ def _life(rank: int) -> str:
 def ranks(numbers: list[int]) -> str:
     """ "rank 1", "ranks 1, 2"."""
     return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-
-
-def _end(line: str | None) -> NoReturn:
-    try:
-        if line:
-            report(line)
-    finally:  # who read stderr may have gone with the launcher
-        leave(1)

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
-from synco import files, signals
+from synco import signals
 from synco.distributed import Process, barrier, say, usable_cpus
 from synco.errors import INTERRUPTED, PREEMPTED, Preempted, UserError
 from synco.exits import end_workers, exit_with, outcome, report, tell
@@ -263,7 +263,7 @@ def _enter(worker, args, process, connect=None, launched=False) -> int:
         return _failed(error, process, guard)
     finally:
         end_workers()  # at a good end, too, one that is stuck would not let this process go
-        files.unlock()
+        process.locks.close()
 
 
 def _together(worker, args, process, connect, guard) -> int:

@@ -41,7 +41,7 @@ class Run:
     ) -> None:
         self.process, self.args, self.kinds = process, args, kinds
         policy = {"overwrite": args.overwrite, "keep": getattr(args, "keep", 0), "restarted": process.restarted}
-        self.folder = RunFolder(args.save_dir or save_dir, args.log_dir, run_files, **policy)
+        self.folder = RunFolder(args.save_dir or save_dir, args.log_dir, run_files, locks=process.locks, **policy)
         find = self.folder.find_to_evaluate if evaluate else self.folder.find
         self.path, self.saved = find(args.resume)
         self.before = self.saved["config"] if self.saved else {}

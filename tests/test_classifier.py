@@ -11,7 +11,7 @@ from conftest import ARCH, processes
 from torch.utils.data import TensorDataset
 
 import main_lincls
-from synco import augment, checkpoint, classifier, datasets, distributed, files, loader
+from synco import augment, checkpoint, classifier, datasets, distributed, loader
 from synco.distributed import Process
 from synco.networks import features
 
@@ -117,7 +117,6 @@ def test_a_frozen_backbone_that_moves_ends_the_probe(monkeypatch, data, tmp_path
     monkeypatch.setattr("sys.argv", ["main_lincls.py", *flags, str(tmp_path / "r"), data])
     with pytest.raises(RuntimeError, match=f"the frozen backbone has changed in {message}"):
         main_lincls.probe(Process(), main_lincls.parse())
-    files.unlock()
     assert not (tmp_path / "r" / "checkpoint_lincls.pth.tar").exists()
 
 

@@ -268,12 +268,3 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_is_left_alone(tmp
             files.FolderLock(tmp_path / "r")
         (tmp_path / "r" / ".lock").unlink()
     assert (tmp_path / "mine").read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["mine", "r"]
-
-
-def test_locks_that_are_kept_here_are_one_for_a_folder_and_released_together(tmp_path):
-    """Of two files that a process has locked and closes one, the lock would be gone."""
-    (tmp_path / "r").mkdir()
-    (tmp_path / "same").symlink_to("r")
-    assert files.lock(tmp_path / "r") is files.lock(tmp_path / "same")
-    files.unlock()
-    assert os.listdir(tmp_path / "r") == []

@@ -1,5 +1,6 @@
 """A run's folder: whose it is, where a run goes on, what is refused, and what is removed."""
 
+import contextlib
 import json
 import os
 import sys
@@ -30,10 +31,8 @@ PROBE = RunFiles(
 
 @pytest.fixture(autouse=True)
 def this_program(monkeypatch):
-    """What config.json is compared with; and no lock outlives a test."""
+    """What config.json is compared with."""
     monkeypatch.setattr(sys, "argv", ["main_synco.py", "DATA"])
-    yield
-    files.unlock()
 
 
 @pytest.fixture
@@ -260,11 +259,19 @@ def test_only_what_a_killed_write_leaves_is_removed(place, name):
 def test_both_folders_are_made_or_none(tmp_path):
     folder(tmp_path / "a" / "b", tmp_path / "c").prepare(None)
     assert os.path.isdir(tmp_path / "a" / "b") and os.path.isdir(tmp_path / "c")
-    files.unlock()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/log: cannot be written"):
         folder(tmp_path / "d", tmp_path / "file" / "log").prepare(None)
     assert not os.path.exists(tmp_path / "d")
+
+
+def test_the_lock_is_there_until_the_process_gives_up_what_it_holds(place):
+    with contextlib.ExitStack() as locks:
+        mine = folder(place, locks=locks)
+        mine.lock()
+        mine.lock()  # of two files that a process has locked and closes one, the lock would be gone
+        assert os.listdir(place) == [files.LOCK]
+    assert os.listdir(place) == []
 
 
 def test_a_run_that_came_first_meanwhile_is_not_written_over(place):

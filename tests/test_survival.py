@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, starved and lied to: how they end, beside runs that nobody disturbed."""
 
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -211,7 +212,7 @@ def test_another_number_of_processes_goes_on_with_the_images_that_are_left(place
 HOLDER = """
 import sys, time
 from synco import files
-files.lock(sys.argv[1])
+lock = files.FolderLock(sys.argv[1])
 print("held", flush=True)
 time.sleep(99)
 """
@@ -219,8 +220,7 @@ time.sleep(99)
 
 def test_a_folder_in_use_is_refused_and_a_killed_owner_holds_it_no_longer(data, tmp_path, program, monkeypatch):
     (tmp_path / "r").mkdir()
-    lock = files.lock
-    monkeypatch.setattr(files, "lock", lambda folder: lock(folder, patience=0.5))
+    monkeypatch.setattr(files, "FolderLock", functools.partial(files.FolderLock, patience=0.5))
     holder = started("-c", HOLDER, tmp_path / "r")
     assert holder.stdout.readline() == "held\n"
     flags = [*SMALL, "--epochs", 1, "--resume", "auto", "--save-dir", tmp_path / "r", data]
