@@ -38,6 +38,20 @@ def test_settings_are_not_written_after_parsing():
     assert not any(found.values()), found
 
 
+def test_no_module_holds_state():
+    """What stands at a module's top level is a constant, but for the warnings heard: signals are the process's."""
+    found = []
+    for module, source in PACKAGE.items():
+        nodes = list(ast.walk(tree := ast.parse(source)))
+        found += [f"{module}: global {', '.join(node.names)}" for node in nodes if isinstance(node, ast.Global)]
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [name for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)]
+            if isinstance(getattr(node, "value", None), (ast.List, ast.Dict, ast.Set, ast.Call)):
+                found += [f"{module}.{name.id}" for name in names if not name.id.lstrip("_").isupper()]
+    assert found == ["signals._heard"]
+
+
 def lines(node):
     return node.end_lineno - node.lineno + 1
 
