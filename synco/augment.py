@@ -31,7 +31,7 @@ BLUR_TAPS = 13  # the blur's kernel size: three standard deviations to both side
 class GaussianBlur:
     """PIL's Gaussian blur with a radius (its σ, in pixels) drawn uniformly from a range, as in SimCLR."""
 
-    def __init__(self, low: float = 0.1, high: float = 2.0):
+    def __init__(self, low: float = 0.1, high: float = 2.0) -> None:
         self.low, self.high = low, high
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -108,7 +108,7 @@ def halves(augmentation: transforms.Compose, device: torch.device, on: str) -> t
 class Pixels:
     """The workers' half of an augmentation by PIL: image → (view uint8 (3, S, S),). steps: those before `to_tensor`."""
 
-    def __init__(self, steps: Sequence[Callable]):
+    def __init__(self, steps: Sequence[Callable]) -> None:
         self.steps = transforms.Compose(steps)
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor]:
@@ -122,7 +122,7 @@ class Crop:
     Raises UserError that names a step of the augmentation which the device does not have.
     """
 
-    def __init__(self, augmentation: transforms.Compose):
+    def __init__(self, augmentation: transforms.Compose) -> None:
         self.crop, self.steps = _apart(augmentation)
 
     def __call__(self, image: Image.Image | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +138,7 @@ class Finish:
     crops: uint8 (N, 3, S, S), on the CPU or the device already; parameters (N, P), on the CPU.
     """
 
-    def __init__(self, augmentation: transforms.Compose, device: torch.device):
+    def __init__(self, augmentation: transforms.Compose, device: torch.device) -> None:
         self.steps, self.device = _apart(augmentation)[1], device
 
     def __call__(self, crops: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
@@ -153,7 +153,7 @@ class Finish:
 class Normalized(Finish):
     """The device's half of an augmentation by PIL: views uint8 (N, 3, S, S) → normalised float32, as `to_tensor`."""
 
-    def __init__(self, normalize: transforms.Normalize, device: torch.device):
+    def __init__(self, normalize: transforms.Normalize, device: torch.device) -> None:
         self.steps, self.device = [Normalize(normalize)], device
 
     def __call__(self, views: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ class Finished:
     Items: im_q, im_k (N, 3, S, S) on the device, index.
     """
 
-    def __init__(self, batches: loader.Loader, finish: Finish):
+    def __init__(self, batches: loader.Loader, finish: Finish) -> None:
         self.batches, self.finish = batches, finish
         self.batch_sampler, self.dataset, self.ahead = batches.batch_sampler, batches.dataset, batches.ahead
 
@@ -224,7 +224,7 @@ class Jitter:
     neutral = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0)
     HUE = 3
 
-    def __init__(self, jitter: transforms.ColorJitter):
+    def __init__(self, jitter: transforms.ColorJitter) -> None:
         self.jitter = jitter
 
     def draw(self) -> Sequence[float]:
@@ -248,7 +248,7 @@ class Grayscale:
 
     neutral = (0.0,)
 
-    def __init__(self, grayscale: transforms.RandomGrayscale):
+    def __init__(self, grayscale: transforms.RandomGrayscale) -> None:
         self.p = grayscale.p
 
     def draw(self) -> Sequence[float]:
@@ -265,7 +265,7 @@ class Blur:
 
     neutral = (0.0,)
 
-    def __init__(self, blur: GaussianBlur):
+    def __init__(self, blur: GaussianBlur) -> None:
         self.low, self.high = blur.low, blur.high
 
     def draw(self) -> Sequence[float]:
@@ -282,7 +282,7 @@ class Flip:
 
     neutral = (0.0,)
 
-    def __init__(self, flip: transforms.RandomHorizontalFlip):
+    def __init__(self, flip: transforms.RandomHorizontalFlip) -> None:
         self.p = flip.p
 
     def draw(self) -> Sequence[float]:
@@ -298,7 +298,7 @@ class Normalize:
 
     neutral = ()
 
-    def __init__(self, normalize: transforms.Normalize):
+    def __init__(self, normalize: transforms.Normalize) -> None:
         self.mean, self.std = (torch.as_tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
 
     def draw(self) -> Sequence[float]:

@@ -34,7 +34,7 @@ def run_files(kind: str) -> RunFiles:
     )
 
 
-def check_flags(args) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError where the flags of `options.add_run` and `options.add_classifier` contradict each other."""
     options.check_run(args)
     if args.evaluate and not args.resume:
@@ -54,7 +54,9 @@ class Classifier:
     batches: the `loader.train_loader` of it, None with -e.
     """
 
-    def __init__(self, run: Run, args, precision: Precision, *, frozen: bool, choose: Callable | None = None) -> None:
+    def __init__(
+        self, run: Run, args: argparse.Namespace, precision: Precision, *, frozen: bool, choose: Callable | None = None
+    ) -> None:
         self.run = weakref.proxy(run)  # it holds `results`: the loaders would be in a circle, whose end has no order
         self.args, self.process, self.precision = args, run.process, precision
         if run.saved and backbone.is_pretraining(run.saved):

@@ -42,7 +42,7 @@ class Images(Dataset):
         names: Sequence[str],
         targets: Sequence[int],
         read: Callable[[int], Image.Image | torch.Tensor],
-    ):
+    ) -> None:
         self.root, self.classes, self.names, self.targets = str(root), list(classes), names, targets
         self.transform = None
         self._read, self._numbers = read, range(len(names))

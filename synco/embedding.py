@@ -1,5 +1,6 @@
 """A map of a backbone's features: two coordinates for each val image, for `python -m synco.plot --embedding`."""
 
+import argparse
 import os
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class Map:
     title: str
 
 
-def feature_map(args) -> Map:
+def feature_map(args: argparse.Namespace) -> Map:
     """The map of args.data's val images by the backbone in args.checkpoint, to their `principal` components or `tsne`.
 
     args: those of `python -m synco.plot --embedding`, of which the checkpoint decides stem, image size and statistics

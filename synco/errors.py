@@ -17,14 +17,14 @@ def one_line(text: str) -> str:
 class UserError(ValueError):
     """A mistake of the user's: the launcher prints its one line on stderr and exits with status 2."""
 
-    def __init__(self, message: object):
+    def __init__(self, message: object) -> None:
         super().__init__(one_line(str(message)))
 
 
 class Failure(Exception):
     """What ends a run through no mistake of the user's, a full disk for instance: one line on stderr, status 1."""
 
-    def __init__(self, message: object):
+    def __init__(self, message: object) -> None:
         super().__init__(one_line(str(message)))
 
 

@@ -21,7 +21,7 @@ from synco.errors import INTERRUPTED, Failure, UserError
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory")  # a device's, the host's
 
 
-def exit_with(status_of: Callable, *args) -> NoReturn:
+def exit_with(status_of: Callable[..., int], *args: object) -> NoReturn:
     """End this program with the exit status that status_of(*args) returns; nothing that it prints raises."""
     open_output()
     try:

@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from synco import augment, backbone, datasets, distributed, export, files, loader, options, signals
 from synco.distributed import Process, say
@@ -63,7 +64,7 @@ class Backbone:
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def center_view(self):
+    def center_view(self) -> transforms.Compose:
         """The transform that shows it an image's centre."""
         return augment.center_view(self.img_size, self.stats)
 

@@ -190,7 +190,7 @@ class FolderLock:
     cannot be written.
     """
 
-    def __init__(self, folder: StrPath, patience: float = 10.0, flag: str = "--save-dir"):
+    def __init__(self, folder: StrPath, patience: float = 10.0, flag: str = "--save-dir") -> None:
         self._file = None  # open while this holds the lock
         try:
             import fcntl
@@ -227,10 +227,10 @@ class FolderLock:
             self._file.close()
             self._file = None
 
-    def __enter__(self):
+    def __enter__(self) -> "FolderLock":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 

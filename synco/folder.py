@@ -1,5 +1,6 @@
 """A run's folder: which files are its own, where it goes on, what is refused, and what is removed."""
 
+import argparse
 import contextlib
 import dataclasses
 import glob
@@ -306,7 +307,7 @@ def _listed(folder):
         return []
 
 
-def default_folder(args, name: str) -> str:
+def default_folder(args: argparse.Namespace, name: str) -> str:
     """A folder of the run's own, beside the checkpoint that it starts from. name: the run's, at its end."""
     if args.resume not in ("", "auto"):
         folder, file = os.path.split(args.resume)

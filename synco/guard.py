@@ -10,6 +10,8 @@ import threading
 import time
 from typing import NoReturn
 
+import torch.distributed as dist
+
 from synco import signals
 from synco.distributed import Process
 from synco.exits import leave, report
@@ -39,7 +41,7 @@ class Guard(threading.Thread):
         self.parent = (parent.pid if parent else os.getppid()) if launched else None
         self.store, self.unanswered = None, 0  # intervals that a request to the store has taken
 
-    def watch(self, store) -> None:
+    def watch(self, store: dist.Store) -> None:
         """Give signs of life and watch the other processes' from now on. store: a connection of the guard's own."""
         store.set(_life(self.process.rank), "0")
         store.append(ARRIVED, f"{self.process.rank} ")

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from synco import checkpoint, distributed, metrics
 from synco.errors import UserError
 from synco.networks import features
+from synco.run import Step
 
 
 class Fork(nn.Module):
@@ -92,7 +93,7 @@ class Heads:
         """Cross-entropy of each head (heads,), of a single one as a 0-dim tensor. logits: as `Fork` has them."""
         return joined([F.cross_entropy(part.float(), labels) for part in logits])
 
-    def record(self, step, losses: torch.Tensor, norms: torch.Tensor, logits: list, labels: torch.Tensor) -> None:
+    def record(self, step: Step, losses: torch.Tensor, norms: torch.Tensor, logits: list, labels: torch.Tensor) -> None:
         """`Step.record` with the accuracies. A head that is not finite has no gradient in the steps that follow."""
         if self.several:
             self.alive.logical_and_((losses.detach() + norms).isfinite())
@@ -289,7 +290,7 @@ def joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def validate(
-    network: nn.Module, batches, device: torch.device, classes: int
+    network: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device, classes: int
 ) -> list[tuple[dict[str, float], torch.Tensor]]:
     """A classifier's results over a `loader.eval_loader`, which spreads the images over the processes.
 

@@ -12,7 +12,7 @@ import sys
 import torch
 import torchvision
 
-from synco import backbone, checkpoint, distributed, files, options
+from synco import augment, backbone, checkpoint, distributed, files, loader, options
 from synco.builder import SynCo
 from synco.errors import UserError
 from synco.precision import Precision
@@ -109,7 +109,7 @@ def _widths(head):
     return "-".join(map(str, [*matrices[0].shape[1:], *(len(matrix) for matrix in matrices)])) if matrices else "other"
 
 
-def fill_queue(model: SynCo, batches, precision: Precision) -> None:
+def fill_queue(model: SynCo, batches: loader.Loader | augment.Finished, precision: Precision) -> None:
     """Fill the queue with keys of the training images, before the first step; the encoders stay as they are.
 
     batches: the run's own loader, in epochs that no training reaches, so that the training's batches are the same with

@@ -39,7 +39,7 @@ class Reader:
     dataset: items (image, label), reading item i raises UserError if that file is bad.
     """
 
-    def __init__(self, dataset: Dataset, limit: int = 0):
+    def __init__(self, dataset: Dataset, limit: int = 0) -> None:
         self.dataset, self.limit = dataset, limit
         self.bad = torch.zeros(len(dataset) if limit else 0, dtype=torch.uint8).share_memory_()
         self.found = multiprocessing.Value("q", 0)  # bad images as they were found
@@ -116,7 +116,7 @@ class Reader:
 class Readable(Dataset):
     """A data set under its own transform, for evaluation, with the replacements of a `Reader` of the same images."""
 
-    def __init__(self, dataset: Dataset, reader: Reader):
+    def __init__(self, dataset: Dataset, reader: Reader) -> None:
         self.reader = copy.copy(reader)  # the same shared memory
         self.reader.dataset, self.transform = dataset, dataset.transform
 
@@ -134,7 +134,7 @@ class Augmented(Dataset):
     Items: image (3, H, W), label.
     """
 
-    def __init__(self, dataset: Reader | Dataset, transform: Callable, seed: int):
+    def __init__(self, dataset: Reader | Dataset, transform: Callable, seed: int) -> None:
         self.reader = dataset if isinstance(dataset, Reader) else Reader(dataset)
         self.dataset, self.transform, self.seed = self.reader.dataset, transform, seed
 
@@ -173,7 +173,7 @@ class EpochSampler(Sampler):
     order: 1 draws from seed + epoch, as runs did that go on: seed 0's epoch 1 is then seed 1's epoch 0.
     """
 
-    def __init__(self, count: int, process: Process, *, seed: int, keep_last: bool = False, order: int = ORDER):
+    def __init__(self, count: int, process: Process, *, seed: int, keep_last: bool = False, order: int = ORDER) -> None:
         self.count, self.process, self.seed, self.order, self.epoch = count, process, seed, order, 0
         self.length = (count + keep_last * (process.world_size - 1)) // process.world_size
 
@@ -222,7 +222,7 @@ class WholeBatches(Batches):
     In train mode BatchNorm cannot take one image by itself.
     """
 
-    def __init__(self, sampler: Collection, batch_size: int):
+    def __init__(self, sampler: Collection, batch_size: int) -> None:
         super().__init__(sampler, batch_size, drop_last=False)
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ import base64
 import collections
 import html
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -151,7 +152,7 @@ def classify(found: Found) -> None:
     found.predicted = knn.vote(*voters, classes=len(found.bank.classes), t=TEMPERATURE).numpy()
 
 
-def fitting(make, count: int) -> tuple[bytes, int]:
+def fitting(make: Callable[[int], bytes], count: int) -> tuple[bytes, int]:
     """make(n), a page of n examples, with the largest n of count, count/2, ... that is not too large → (it, n)."""
     content = make(count)
     while len(content) > LARGEST_PAGE and count > 1:
@@ -163,7 +164,7 @@ def fitting(make, count: int) -> tuple[bytes, int]:
 # -------------------------------------------------------------------------------------------------------- the page
 
 
-def page(title: str, found: Found, hardest, count: int, among: bool) -> bytes:
+def page(title: str, found: Found, hardest: "Hardest | None", count: int, among: bool) -> bytes:
     """The page with `count` examples in each part. hardest: from `hardest_negatives`; among: there is no val."""
     parts = [neighbours(found, count)]
     if found.predicted is not None:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -37,7 +38,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     x (N, C, H, W); raises ValueError if `splits` does not divide N.
     """
 
-    def __init__(self, *args, splits: int, **kwargs):
+    def __init__(self, *args: Any, splits: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.splits = splits
 

@@ -37,7 +37,13 @@ LARGEST = 10_000  # pixels of an image's side: no file's word may have a network
 class Several(argparse.Action):
     """Of a flag with nargs="+": one value as it is, several as a list; no two may be equal."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: list[float],
+        option_string: str | None = None,
+    ) -> None:
         names = [f"{value:.12g}" for value in values]
         for name in names:
             if names.count(name) > 1:
@@ -212,7 +218,7 @@ def check_data(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {path}: lists files of one's own; --dataset {args.dataset} does without")
 
 
-def resolve_image_settings(args, path: str = "", config: dict | None = None) -> dict:
+def resolve_image_settings(args: argparse.Namespace, path: str = "", config: dict | None = None) -> dict:
     """{"stem", "img_size", "stats"}: as the flags say, else as a checkpoint does, else as --dataset does.
 
     path, config: the checkpoint's and its settings. Raises UserError if those settings are nothing that can be.
@@ -269,7 +275,7 @@ def add_skipping(parser: Parser) -> None:
         parser.free("--skip-bad-images", default=0, type=number(int, 0), help=what)
 
 
-def check_run(args) -> None:
+def check_run(args: argparse.Namespace) -> None:
     """Raise UserError where the flags of `add_data` and `add_run` contradict each other."""
     check_data(args)
     for flag, folder in (("--save-dir", args.save_dir), ("--log-dir", args.log_dir)):
@@ -283,7 +289,7 @@ def check_run(args) -> None:
         )
 
 
-def check_start(args, epochs: int) -> None:
+def check_start(args: argparse.Namespace, epochs: int) -> None:
     """Raise UserError unless --start-epoch is one of the run's `epochs`, which with --steps depend on the images."""
     if args.start_epoch >= epochs:
         steps = getattr(args, "steps", None)

@@ -16,7 +16,7 @@ import re
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 
 from PIL import Image
@@ -35,7 +35,7 @@ class Stored:
     names: "label/..." of labelled images, else any; classes: the labels' names, [] without; labels: each one's number.
     """
 
-    def __init__(self, args: argparse.Namespace, split: str):
+    def __init__(self, args: argparse.Namespace, split: str) -> None:
         self.images = datasets.load(args, split, labelled=False)
         if not self.images.has_bytes():
             raise UserError(f"--dataset {args.dataset}: its images are not files, and --cache-images holds them anyway")
@@ -47,8 +47,18 @@ class Stored:
         return map(self.images.content, range(start, stop))
 
 
-def write_shard(path: str, source: Stored | parquet.Source, start: int, stop: int, encode, tick) -> None:
-    """Write one shard, whole or not at all: the same bytes each time. tick: called after each image."""
+def write_shard(
+    path: str,
+    source: Stored | parquet.Source,
+    start: int,
+    stop: int,
+    encode: Callable[[bytes, str], bytes],
+    tick: Callable[[], None],
+) -> None:
+    """Write one shard, whole or not at all: the same bytes each time.
+
+    encode(content, name) → the bytes to write; tick: called after each image.
+    """
     with files.atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as shard:
         for i, content in zip(range(start, stop), source.contents(start, stop)):
             member = tars.quoted(source.names[i])

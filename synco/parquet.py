@@ -21,7 +21,7 @@ class Source:
     Raises UserError where pyarrow or a column of images is missing, or a file cannot be read.
     """
 
-    def __init__(self, root: str, split: str):
+    def __init__(self, root: str, split: str) -> None:
         self.paths = [os.path.join(root, path) for path in files_of(root, split)]
         paths, numbers, self.starts = [], [], [0]
         for path in self.paths:

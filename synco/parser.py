@@ -5,7 +5,8 @@ import contextlib
 import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
 
 from synco.errors import UserError
 
@@ -62,10 +63,12 @@ class Parser(argparse.ArgumentParser):
         width = functools.partial(_Help, max_help_position=34, width=120)  # a docstring's width
         super().__init__(description=docstring, formatter_class=width, allow_abbrev=False)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(
+        self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         """As argparse's, but a last word that is no number is none of a flag's several numbers: `--lr 1 3 DATA`."""
         words = list(sys.argv[1:] if args is None else args)
         numeric = [action for action in self._actions if action.nargs in ("+", "*") and action.type]
@@ -89,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         self._titles[action] = self._first if _name(action) in self._normal else self._title
         return super()._add_action(action)
 
-    def format_help(self):
+    def format_help(self) -> str:
         """One line of usage, the description, the flags of a normal run, then the groups."""
         formatter = self.formatter_class(prog=f"{self.prog} [flags]")
         needed = [action for action in self._actions if action.required or not action.option_strings]
@@ -105,15 +108,15 @@ class Parser(argparse.ArgumentParser):
             formatter.end_section()
         return formatter.format_help()
 
-    def identity(self, *names: str, **settings) -> None:
+    def identity(self, *names: str, **settings: Any) -> None:
         """Declare a flag that says what a run is, as `add_argument` does."""
         self._declare("identity", self, names, settings)
 
-    def schedule(self, *names: str, group=None, **settings) -> None:
+    def schedule(self, *names: str, group: argparse._MutuallyExclusiveGroup | None = None, **settings: Any) -> None:
         """Declare a flag of the learning rate or of the length. group: a mutually exclusive one that it belongs to."""
         self._declare("schedule", group or self, names, settings)
 
-    def free(self, *names: str, **settings) -> None:
+    def free(self, *names: str, **settings: Any) -> None:
         """Declare a flag that may differ whenever a run goes on; what follows from it may be compared."""
         self._declare("free", self, names, settings)
 

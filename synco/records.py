@@ -43,7 +43,7 @@ class Index(Sequence):
         paths: tuple[np.ndarray, np.ndarray] | None = None,
         spans: np.ndarray | None = None,
         sizes: np.ndarray | None = None,
-    ):
+    ) -> None:
         self.groups, self.starts, self.offsets, self.files = groups, starts, offsets, files
         self.root, self.labelled = root, labelled
         self.path_offsets, self.paths = joined([]) if paths is None else paths

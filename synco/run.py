@@ -1,5 +1,6 @@
 """A run: where it stands, its folder, its log, and what happens between two steps so that it cannot be lost."""
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -32,7 +33,7 @@ class Run:
     def __init__(
         self,
         process: distributed.Process,
-        args,
+        args: argparse.Namespace,
         kinds: dict[str, str],
         run_files: RunFiles,
         *,
@@ -283,8 +284,7 @@ class Run:
 
     def save_best(self) -> bool:
         """Write the checkpoint of the best epoch, this one, before its number is logged → whether that worked."""
-        must = self.save_freq is None and self.done == self.total
-        return self._save(self.folder.files.best, must=must)
+        return self._save(self.folder.files.best, must=self.save_freq is None and self.done == self.total)
 
     def _save(self, name, *, must=False):
         """Write a checkpoint of where the run stands → whether that worked; if not and it `must`, raise Failure."""
@@ -338,7 +338,7 @@ class Run:
         self.agreement.meet()
         raise Preempted(f"Told to stop: {self.folder.file(name)} holds {self.done} steps.")
 
-    def log(self, kind: str, **numbers) -> None:
+    def log(self, kind: str, **numbers: float | None) -> None:
         """A line of numbers in log.jsonl and TensorBoard, after the steps that are done."""
         if kind != "train":
             self.evaluations.append({"kind": kind, **numbers})

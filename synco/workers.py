@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -45,8 +46,8 @@ class Loader(DataLoader):
         workers: int,
         timeout: int = 0,
         batch_bytes: int = 0,
-        **settings,
-    ):
+        **settings: Any,
+    ) -> None:
         if workers:  # each would have a temporary folder of its own, which stays if it is killed; `exits.leave`
             folder = multiprocessing.util.get_temp_dir()
             if len(os.fsencode(folder)) > LONGEST:  # a worker would lose its batches, and the trainer wait for them

@@ -1,4 +1,6 @@
-"""The rules of the house: imports run one way, settings are not written after parsing, and nothing is too long."""
+"""The rules of the house: imports run one way, settings are not written after parsing, what is public is typed, and
+nothing is too long.
+"""
 
 import ast
 import re
@@ -50,6 +52,56 @@ def test_no_module_holds_state():
             if isinstance(getattr(node, "value", None), (ast.List, ast.Dict, ast.Set, ast.Call)):
                 found += [f"{module}.{name.id}" for name in names if not name.id.lstrip("_").isupper()]
     assert found == ["signals._heard"]
+
+
+def functions(source):
+    """(name, node) of each function; names as in `__qualname__`, such as "Run.log" and "launch.<locals>.status"."""
+
+    def within(node, place):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                yield place + child.name, child
+                yield from within(child, f"{place}{child.name}.<locals>.")
+            else:
+                yield from within(child, f"{place}{child.name}." if isinstance(child, ast.ClassDef) else place)
+
+    return within(ast.parse(source), "")
+
+
+def arguments(node):
+    """(those that can be given by their place, the others) of a function, without self and cls."""
+    given = node.args
+    placed = [argument for argument in given.posonlyargs + given.args if argument.arg not in ("self", "cls")]
+    return placed, [argument for argument in (given.vararg, *given.kwonlyargs, given.kwarg) if argument]
+
+
+def untyped(source):
+    """The public signatures that lack types, each with what has none; __init__ and its like are public."""
+    for name, node in functions(source):
+        if "<locals>" in name or any(part.startswith("_") and not part.endswith("__") for part in name.split(".")):
+            continue
+        placed, others = arguments(node)
+        missing = [argument.arg for argument in placed + others if argument.annotation is None]
+        missing += ["the result"] * (node.returns is None)
+        if missing:
+            yield f"{name}: {', '.join(missing)}"
+
+
+def test_public_signatures_are_typed():
+    sample = """
+class Open:
+    def __init__(self, x, *rest: int, y=1, **more): pass
+    def _own(self, x): pass
+class _Closed:
+    def f(self, x): pass
+def g(x: int):
+    def h(x): pass
+"""
+    assert list(untyped(sample)) == ["Open.__init__: x, y, more, the result", "g: the result"]
+    sources = dict(PACKAGE)
+    del sources["negatives"]  # formulas: dtypes and shapes are in their docstrings, as they are of `shuffle`
+    found = [f"{module}.{line}" for module, source in sources.items() for line in untyped(source)]
+    assert found == ["distributed.shuffle: x, permutation, the result"]
 
 
 def lines(node):
