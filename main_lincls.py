@@ -15,6 +15,7 @@ DATA holds train/CLASS/IMAGE and val/CLASS/IMAGE. Writes checkpoint_lincls.pth.t
 model_best_lincls.pth.tar, result.json, per_class.csv, config.json, log.jsonl and TensorBoard files.
 """
 
+import argparse
 import math
 from functools import partial
 
@@ -30,7 +31,7 @@ from synco.precision import Precision
 from synco.run import Run
 
 
-def probe(process: distributed.Process, args) -> None:
+def probe(process: distributed.Process, args: argparse.Namespace) -> None:
     """One process of a linear probe."""
     folder = default_folder(args, "lincls-lr" + "-".join(f"{lr:g}" for lr in options.listed(args.lr)))
     run = Run(process, args, flags().kinds, run_files("lincls"), save_dir=folder, evaluate=args.evaluate)
@@ -71,7 +72,7 @@ def probe(process: distributed.Process, args) -> None:
     task.finish()
 
 
-def learning_rate(lr: float, epoch: int, args) -> float:
+def learning_rate(lr: float, epoch: int, args: argparse.Namespace) -> float:
     """Of a head whose --lr is `lr`, per epoch: cosine to --lr-min, or a tenth at each milestone."""
     if args.cos:
         return args.lr_min + (lr - args.lr_min) * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
@@ -85,10 +86,8 @@ def flags() -> options.Parser:
     identity, schedule = parser.identity, parser.schedule
     options.add_data(parser)
     options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
-    options.add_classifier(parser)
-    options.add_skipping(parser)
-    options.add_distributed(parser)
-    options.add_speed(parser)
+    for add in (options.add_classifier, options.add_skipping, options.add_distributed, options.add_speed):
+        add(parser)
     several = {"nargs": "+", "action": options.Several, "type": number(float, 0)}
     with parser.group("optimisation"):
         rates = "learning rate, or several: a head for each, all in one pass"
@@ -102,7 +101,7 @@ def flags() -> options.Parser:
     return parser
 
 
-def parse():
+def parse() -> argparse.Namespace:
     """The flags of the command line, checked."""
     args = flags().parse_args()
     check_flags(args)

@@ -17,6 +17,7 @@ class-balanced draw. Writes checkpoint_semisup.pth.tar (the last epoch), model_b
 per_class.csv, config.json, log.jsonl and TensorBoard files.
 """
 
+import argparse
 import math
 from functools import partial
 
@@ -32,7 +33,7 @@ from synco.precision import Precision
 from synco.run import Run
 
 
-def train(process: distributed.Process, args) -> None:
+def train(process: distributed.Process, args: argparse.Namespace) -> None:
     """One process of a training on few labels."""
     finetune = args.weights == "finetune"
     rates = "-".join(f"{lr:g}" for lr in [args.lr_backbone, *options.listed(args.lr_classifier)])
@@ -114,10 +115,8 @@ def flags() -> options.Parser:
     identity, schedule, free = parser.identity, parser.schedule, parser.free
     options.add_data(parser)
     options.add_run(parser, epochs=100, batch_size=256, save_dir=None)
-    options.add_classifier(parser)
-    options.add_skipping(parser)
-    options.add_distributed(parser)
-    options.add_speed(parser)
+    for add in (options.add_classifier, options.add_skipping, options.add_distributed, options.add_speed):
+        add(parser)
     with parser.group("data and network"):
         identity("--train-percent", default=100, type=int, choices=(1, 10, 100), help="of the labels")
         free("--subset-file", metavar="FILE", help="the images to train on: class/file or wnid_N.JPEG, one a line")
@@ -134,7 +133,7 @@ def flags() -> options.Parser:
     return parser
 
 
-def parse():
+def parse() -> argparse.Namespace:
     """The flags of the command line, checked."""
     args = flags().parse_args()
     check_flags(args)

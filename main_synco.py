@@ -16,8 +16,10 @@ lie that --dataset names (--download fetches some). Writes checkpoint_0000.pth.t
 TensorBoard files.
 """
 
+import argparse
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -40,7 +42,7 @@ FILES = RunFiles("pretraining", ("epoch", "arch", "optimizer"), epoch="checkpoin
 SAME = "alpha beta gamma sigma delta eta symmetric mask_same_image bn_splits".split()
 
 
-def pretrain(process: distributed.Process, args) -> None:
+def pretrain(process: distributed.Process, args: argparse.Namespace) -> None:
     """One process of a pretraining run."""
     run = Run(process, args, flags().kinds, FILES)
     precision = Precision(process.device, args.amp, channels_last=args.channels_last, tf32=args.tf32)
@@ -92,7 +94,7 @@ def pretrain(process: distributed.Process, args) -> None:
     distributed.say(f"Done. Checkpoints: {run.folder.path}  Logs: {run.folder.log_path}")
 
 
-def learning_rate(done: int, steps: int, args) -> float:
+def learning_rate(done: int, steps: int, args: argparse.Namespace) -> float:
     """The rate after `done` steps, `steps` an epoch: a linear warm-up, then MoCo's rule.
 
     That is a cosine from --lr to --lr-min, or a tenth at each milestone; once an epoch, or with --steps every step.
@@ -107,7 +109,7 @@ def learning_rate(done: int, steps: int, args) -> float:
     return args.lr * 0.1 ** sum(at >= milestone for milestone in args.schedule)
 
 
-def evaluate(run: Run, args, model: SynCo, monitor, done: int) -> None:
+def evaluate(run: Run, args: argparse.Namespace, model: SynCo, monitor: Callable | None, done: int) -> None:
     """kNN accuracy after so many epochs, if it is due and the log lacks it; with --save-best the best's checkpoint."""
     due = args.knn_freq and (done % args.knn_freq == 0 or done == run.last_epoch)
     if not due or run.done != min(done * run.steps_per_epoch, run.total) or run.is_logged("knn", done):
@@ -121,7 +123,9 @@ def evaluate(run: Run, args, model: SynCo, monitor, done: int) -> None:
     run.log("knn", epoch=done, **numbers)  # the last: a run that is stopped before evaluates and saves again
 
 
-def load_data(args, process: distributed.Process, run: Run):
+def load_data(
+    args: argparse.Namespace, process: distributed.Process, run: Run
+) -> tuple[loader.Loader | augment.Finished, Callable | None]:
     """(training batches, the kNN monitor: a function of (network, name of its head), or None)."""
     batch = batch_of_each(args, process)
     datasets.fetch(args, process)
@@ -159,7 +163,7 @@ def load_data(args, process: distributed.Process, run: Run):
     return batches, lambda network, head: knn.accuracy(network, head, *loaders, process.device, **settings)
 
 
-def batch_of_each(args, process: distributed.Process) -> int:
+def batch_of_each(args: argparse.Namespace, process: distributed.Process) -> int:
     """How many images a process takes in a step: its share of --batch-size."""
     batch = loader.batch_each(args.batch_size, process.local_size)
     if batch % args.bn_splits or batch // args.bn_splits < 2:
@@ -172,7 +176,7 @@ def batch_of_each(args, process: distributed.Process) -> int:
     return batch
 
 
-def make_model(args, precision: Precision, seed: int, *, steps: int, total: int) -> SynCo:
+def make_model(args: argparse.Namespace, precision: Precision, seed: int, *, steps: int, total: int) -> SynCo:
     """The model on its device, in its layout. steps: of an epoch; total: of the run."""
     torch.manual_seed(seed)  # the same start in every process
     with network_errors_as_user_errors(args.arch, args.img_size):
@@ -200,7 +204,7 @@ def make_model(args, precision: Precision, seed: int, *, steps: int, total: int)
     return model.train()
 
 
-def make_optimizer(args, model: SynCo, fused: bool | None) -> torch.optim.Optimizer:
+def make_optimizer(args: argparse.Namespace, model: SynCo, fused: bool | None) -> torch.optim.Optimizer:
     """SGD with MoCo's settings, or AdamW without decay on norms and biases, which have one dimension."""
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": fused}
     if args.optimizer == "adamw":
@@ -273,7 +277,7 @@ def flags() -> options.Parser:
     return parser
 
 
-def parse():
+def parse() -> argparse.Namespace:
     """The flags of the command line, checked."""
     parser = flags()
     args = parser.parse_args()

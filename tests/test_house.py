@@ -98,7 +98,7 @@ def g(x: int):
     def h(x): pass
 """
     assert list(untyped(sample)) == ["Open.__init__: x, y, more, the result", "g: the result"]
-    sources = dict(PACKAGE)
+    sources = PACKAGE | SCRIPTS
     del sources["negatives"]  # formulas: dtypes and shapes are in their docstrings, as they are of `shuffle`
     found = [f"{module}.{line}" for module, source in sources.items() for line in untyped(source)]
     assert found == ["distributed.shuffle: x, permutation, the result"]
