@@ -76,7 +76,7 @@ def command(form, workers, data, folder, script="main_synco.py"):
     return [sys.executable, script, *flags]
 
 
-def trial(moment, form, kind, workers, data, place, calm):
+def trial(moment, form, kind, *, workers, data, place, calm):
     """One broken run and its continuation → (seconds from the fault to the end, [what was not as wanted])."""
     from benchmarks import survival
 
@@ -124,7 +124,7 @@ def main():
             survival.finish(command(form, 0, data, calm), calm + ".txt")
             for moment, kind in itertools.product(args.moments, args.kinds):
                 j, place = next(workers), tempfile.mkdtemp(dir=folder)
-                seconds, wrong = trial(moment, form, kind, j, data, place, calm)
+                seconds, wrong = trial(moment, form, kind, workers=j, data=data, place=place, calm=calm)
                 failed += bool(wrong)
                 print(
                     f"{form:9} -j {j}  {moment:11} {kind:7} {seconds:5.1f} s  {'; '.join(wrong) or 'good'}", flush=True

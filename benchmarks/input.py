@@ -88,45 +88,42 @@ def take_turns(versions, parts, repeat):
     return {name: statistics.median(found[1:]) for name, found in times.items()}  # the first one warms up
 
 
-def main(args):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def some_images(args, scratch):
+    """{source: some of the folder's images}: files, the same in tar shards, and there with shorter sides."""
     folder, split = os.path.split(os.path.abspath(args.folder))
     pil = datasets.image_folder(folder, split)
     chosen = random.Random(0).sample(range(len(pil)), min(args.images, len(pil)))
     pil = pil.subset(sorted(chosen, key=lambda i: pil.where(i)))
-    scratch = tempfile.TemporaryDirectory()
-    sources = {"files": pil, "shards": packed(pil, range(len(pil)), os.path.join(scratch.name, "copied"))}
-    sources["short side"] = packed(pil, range(len(pil)), os.path.join(scratch.name, "256"), "--short-side", "256")
-    chosen = random.Random(1).sample(range(len(pil)), len(pil))
-    parts = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
+    sources = {"files": pil, "shards": packed(pil, range(len(pil)), os.path.join(scratch, "copied"))}
+    sources["short side"] = packed(pil, range(len(pil)), os.path.join(scratch, "256"), "--short-side", "256")
+    return sources
 
-    augmentation = augment.augmentation(args.img_size)
-    pairs = {"cpu": loader.TwoCrops(pil, augmentation, seed=0)}
+
+def modes(sources, augmentation):
+    """{mode: function of some images' numbers → their batch, as a worker makes it}; device's with each source."""
+    pairs = {"cpu": loader.TwoCrops(sources["files"], augmentation, seed=0)}
     for source, images in sources.items():
         mode = "device" if source == "files" else f"device, {source}"
         pairs[mode] = loader.TwoCrops(images.as_uint8(), augment.Crop(augmentation), seed=0)
-    collated = {
+    return {
         mode: lambda part, pairs=pairs: default_collate([pairs[0, i] for i in part]) for mode, pairs in pairs.items()
     }
-    workers = take_turns(collated, parts, args.repeat)
-    contents = {
-        source: lambda part, images=images: [images.content(i) for i in part] for source, images in sources.items()
-    }
-    read = take_turns(contents, parts, 10 * args.repeat)
 
+
+def time_decoding(pil, chosen, args):
+    """{decoder: median seconds for an image} of the JPEG files among the chosen; {} if there are none."""
     jpegs = [(pil.content(i), pil.where(i)) for i in chosen if pil.names[i].lower().endswith((".jpg", ".jpeg"))]
-    decoded = {}
-    if jpegs:
-        rounds = [jpegs[i : i + args.batch] for i in range(0, len(jpegs), args.batch)]
-        each = {
-            name: lambda part, decode=decode: [decode(*encoded) for encoded in part]
-            for name, decode in decoders().items()
-        }
-        decoded = take_turns(each, rounds, args.repeat)
+    if not jpegs:
+        return {}
+    rounds = [jpegs[i : i + args.batch] for i in range(0, len(jpegs), args.batch)]
+    each = {
+        name: lambda part, decode=decode: [decode(*encoded) for encoded in part] for name, decode in decoders().items()
+    }
+    return take_turns(each, rounds, args.repeat)
 
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def time_device(collated, parts, augmentation, device):
+    """The device's half → (median seconds for a view, how far each number of it is from the CPU's, of 255)."""
     finish = augment.Finish(augmentation, device)
     std = torch.tensor(options.STATS["imagenet"][1], device=device).view(3, 1, 1)
     apart, seconds = [], []
@@ -142,9 +139,27 @@ def main(args):
             seconds.append((time.perf_counter() - began) / len(part))
         expected = collated["cpu"](part)[0].to(device)
         apart.append(((views - expected) * std * 255).abs().flatten())
-    apart = torch.cat(apart)
+    return statistics.median(seconds), torch.cat(apart)
 
-    facts = {
+
+def measure(args, sources):
+    """All that is measured, as --json prints it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pil, augmentation = sources["files"], augment.augmentation(args.img_size)
+    chosen = random.Random(1).sample(range(len(pil)), len(pil))
+    parts = [chosen[i : i + args.batch] for i in range(0, len(chosen), args.batch)]
+    collated = modes(sources, augmentation)
+    workers = take_turns(collated, parts, args.repeat)
+    contents = {
+        source: lambda part, images=images: [images.content(i) for i in part] for source, images in sources.items()
+    }
+    read = take_turns(contents, parts, 10 * args.repeat)
+    decoded = time_decoding(pil, chosen, args)
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds, apart = time_device(collated, parts, augmentation, device)
+    return {
         "images": len(chosen),
         "img_size": args.img_size,
         "ratio": workers["cpu"] / workers["device"],
@@ -153,28 +168,38 @@ def main(args):
         "decoded_images_per_second_and_core": {name: 1 / s for name, s in decoded.items()},
         "views_apart_of_255": {"mean": apart.mean().item(), "max": apart.max().item()},
         "device": str(device),
-        "device_views_per_second": 1 / statistics.median(seconds),
+        "device_views_per_second": 1 / seconds,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
+
+
+def print_tables(facts):
+    """What `measure` found, for a reader."""
+    versions = f"torch {facts['torch']}, torchvision {facts['torchvision']}"
+    print(f"{facts['images']} images, {facts['img_size']} pixels, {versions}")
+    for title, kind, first in (
+        ("--augment-on", "workers", "cpu"),
+        ("reading alone", "read", "files"),
+        ("decoding alone", "decoded", "PIL"),
+    ):
+        print(f"\n{title:22}{'images/s and core':>20}{'ratio':>8}")
+        speeds = facts[f"{kind}_images_per_second_and_core"]
+        for name, speed in speeds.items():
+            print(f"{name:22}{speed:20.0f}{speed / speeds[first]:8.2f}")
+    apart = facts["views_apart_of_255"]
+    print(f"\nthe two modes' views are {apart['mean']:.2f} of 255 apart in the mean, {apart['max']:.0f} at most")
+    speed = facts["device_views_per_second"]
+    print(f"the device's half, {facts['device']}: {speed:.0f} views/s (an image is two views)")
+
+
+def main(args):
+    with tempfile.TemporaryDirectory() as scratch:
+        facts = measure(args, some_images(args, scratch))
     if args.json:
         print(json.dumps(facts))
-        return
-    print(
-        f"{len(chosen)} images, {args.img_size} pixels, "
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-    )
-    print(f"\n{'--augment-on':22}{'images/s and core':>20}{'ratio':>8}")
-    for mode, s in workers.items():
-        print(f"{mode:22}{1 / s:20.0f}{workers['cpu'] / s:8.2f}")
-    print(f"\n{'reading alone':22}{'images/s and core':>20}{'ratio':>8}")
-    for name, s in read.items():
-        print(f"{name:22}{1 / s:20.0f}{read['files'] / s:8.2f}")
-    print(f"\n{'decoding alone':22}{'images/s and core':>20}{'ratio':>8}")
-    for name, s in decoded.items():
-        print(f"{name:22}{1 / s:20.0f}{decoded['PIL'] / s:8.2f}")
-    print(f"\nthe two modes' views are {apart.mean():.2f} of 255 apart in the mean, {apart.max():.0f} at most")
-    print(f"the device's half, {device}: {facts['device_views_per_second']:.0f} views/s (an image is two views)")
+    else:
+        print_tables(facts)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ checkpoint, which is one of a ResNet-50 with a queue of 65,536 rows. Everything 
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -141,13 +142,13 @@ def state(pid):
     return letter, int(parent)
 
 
-def interrupt(command, folder, output, seconds, rng, number, times):
+def interrupt(command, folder, seconds, rng, number, times):
     """Send a signal to all of a run's processes at random moments, once to `times` times, then let it end.
 
     seconds: how long an undisturbed run takes → [(status, seconds from the signal to the end)] of those that were
-    interrupted. A run that is done before its first signal is begun anew.
+    interrupted. A run that is done before its first signal is begun anew. What it prints is in FOLDER.txt.
     """
-    found, wanted = [], rng.randint(1, times)
+    output, found, wanted = folder + ".txt", [], rng.randint(1, times)
     while len(found) < wanted:
         before = os.path.getsize(output) if os.path.exists(output) else 0
         process = start(command, output)
@@ -171,7 +172,7 @@ def interrupt(command, folder, output, seconds, rng, number, times):
     return found
 
 
-def disturbed(kind, program, processes, data, folder, runs, rng):
+def disturbed(kind, program, processes, data, folder, *, runs, rng):
     """`runs` runs, each interrupted once or twice, beside an undisturbed one → a row of the table."""
     calm = os.path.join(folder, f"calm-{program}-{processes}")
     output = calm + ".txt"
@@ -186,7 +187,7 @@ def disturbed(kind, program, processes, data, folder, runs, rng):
         place = os.path.join(folder, f"{kind}-{program}-{processes}-{run}")
         number = signal.SIGKILL if kind == "kill" else rng.choice((signal.SIGTERM, signal.SIGUSR1))
         command = words(program, data, place, processes)
-        interrupted += interrupt(command, place, place + ".txt", seconds, rng, number, times=2)
+        interrupted += interrupt(command, place, seconds, rng, number, times=2)
         found = differences(calm, place)
         wrong += [f"run {run}: {where}" for where in found]
         same += not found
@@ -404,7 +405,8 @@ def main():
             for program, processes in (("pretraining", 1), ("pretraining", 2), ("probe", 1), ("fine-tuning", 2)):
                 runs = -(-args.runs // 2) if program == "pretraining" else args.runs  # half with each number
                 if kind in args.parts and program in args.programs:
-                    jobs.append((disturbed, kind, program, processes, data, folder, runs, rng))
+                    job = functools.partial(disturbed, runs=runs, rng=rng)
+                    jobs.append((job, kind, program, processes, data, folder))
         jobs += [(one_rank_killed, data, folder, rng)] * ("torchrun" in args.parts)
         if "damaged" in args.parts or "disk" in args.parts:
             calm = os.path.join(folder, "calm-pretraining-1")
