@@ -89,7 +89,8 @@ def _row(measure, result):
         kind = next((words for part, words in RESULTS.items() if part in program), "classifier")
         if "train_percent" in result:
             how = "fine-tuning" if result.get("weights") == "finetune" else "linear classifier"
-            kind = f"{how} on {result['train_percent']} % of the labels"
+            part = "a list of labels" if result.get("subset_file") else f"{result['train_percent']} % of the labels"
+            kind = f"{how} on {part}"
     if isinstance(result.get("val"), dict):  # the best was chosen on other images
         result = result | result["val"] | {"val_images": ""}
     elif result.get("hold_out"):

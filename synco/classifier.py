@@ -354,7 +354,7 @@ class Classifier:
         args, file = self.args, self.run.folder.file
         result = result | {"checkpoint": path, "checkpoint_sha256": digest, "arch": args.arch, "data": args.data}
         trained = self.run.before if args.evaluate else vars(args)
-        result |= {name: trained[name] for name in ("train_percent", "weights") if name in trained}
+        result |= {name: trained[name] for name in ("train_percent", "subset_file", "weights") if name in trained}
         result |= {"hold_out": args.hold_out}
         result |= {"img_size": self.settings["img_size"], "val_images": self.val_images, "classes": len(self.classes)}
         try:

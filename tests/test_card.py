@@ -120,11 +120,13 @@ def test_a_row_says_how_many_labels_there_were(trained, tool, tmp_path):
     result = {"top1": 50.0, "checkpoint_sha256": files.sha256(folder / "ours.tar"), "command": "main_semisup.py"}
     files.write_json(tmp_path / "few.json", result | {"train_percent": 1, "weights": "finetune"})
     files.write_json(tmp_path / "more.json", result | {"train_percent": 10, "weights": "freeze"})
-    words = ["--card", tmp_path / "card", "--results", tmp_path / "few.json", tmp_path / "more.json"]
+    files.write_json(tmp_path / "own.json", result | {"train_percent": 100, "subset_file": "x", "weights": "freeze"})
+    words = ["--card", tmp_path / "card", "--results", *(tmp_path / f"{name}.json" for name in ("few", "more", "own"))]
     assert tool(export, folder / "ours.tar", *words)[0] == 0
     text = (tmp_path / "card" / "README.md").read_text()
     assert "| fine-tuning on 1 % of the labels | 50.00 % |" in text
     assert "| linear classifier on 10 % of the labels | 50.00 % |" in text
+    assert "| linear classifier on a list of labels | 50.00 % |" in text
 
 
 @pytest.mark.parametrize("step, title", [(3, "1.5 epochs"), (4, "2 epochs"), ("many", "2 epochs")])
