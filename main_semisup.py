@@ -65,6 +65,7 @@ def train(process: distributed.Process, args: argparse.Namespace) -> None:
         facts=task.facts(),
         identity=task.identity() | {"subset_sha256": subsets.digest(task.images)},
         rates=(*heads.rate_names, "lr_backbone"),
+        # not `run`, which would be kept by itself
         results=lambda: {**task.results(), "scheduler": scheduler_state(base, task.run.epoch, args.epochs)},
     )
     if finetune != (args.lr_backbone > 0):

@@ -166,9 +166,9 @@ def load_data(
 def batch_of_each(args: argparse.Namespace, process: distributed.Process) -> int:
     """How many images a process takes in a step: its share of --batch-size."""
     batch = loader.batch_each(args.batch_size, process.local_size)
+    if batch < 2:
+        raise UserError(f"--batch-size {args.batch_size}: a process takes {batch}, and BatchNorm needs 2 at least")
     if batch % args.bn_splits or batch // args.bn_splits < 2:
-        if args.bn_splits == 1:
-            raise UserError(f"--batch-size {args.batch_size}: a process takes {batch}, and BatchNorm needs 2 at least")
         given = f"--batch-size {args.batch_size} --bn-splits {args.bn_splits}"
         raise UserError(f"{given}: the {batch} images of a process do not divide into equal splits of at least 2")
     if args.moco_k < (keys := batch * process.world_size * (1 + args.symmetric)):

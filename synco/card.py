@@ -66,7 +66,7 @@ def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any
             images = {"hold_out": content.get("settings", content).get("hold_out")}
             accuracies = found.get("accuracies", {None: found} if found else {})
             rows = [_row(kind, images | one) for kind, one in accuracies.items()]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             programs = "main_lincls.py, main_semisup.py or synco.evaluate"
             raise UserError(f"--results {name}: is not what {programs} writes") from error
         if digest not in of:
@@ -87,7 +87,7 @@ def _row(measure, result):
     else:
         program = os.path.basename(str(result.get("command", "")).partition(" ")[0])
         kind = next((words for part, words in RESULTS.items() if part in program), "classifier")
-        if "train_percent" in result:
+        if isinstance(result.get("train_percent"), int):
             how = "fine-tuning" if result.get("weights") == "finetune" else "linear classifier"
             part = "a list of labels" if result.get("subset_file") else f"{result['train_percent']} % of the labels"
             kind = f"{how} on {part}"
@@ -95,10 +95,10 @@ def _row(measure, result):
         result = result | result["val"] | {"val_images": ""}
     elif result.get("hold_out"):
         kind += ", on held-out training images"
-    elif isinstance(result.get("heads"), list):
+    elif isinstance(result.get("heads"), list) and len(result["heads"]) > 1:
         kind += f", the best of {len(result['heads'])} settings on these images"
     row = {name: float(result[name]) for name in ("top1", "low", "high") if name == "top1" or name in result}
-    if not all(map(math.isfinite, row.values())):
+    if not all(map(math.isfinite, [*row.values(), result.get("top5") or 0.0])):
         raise ValueError("an accuracy that is no number")
     return row | {"kind": kind} | {name: result[name] for name in ("top5", "val_images") if name in result}
 
@@ -230,9 +230,11 @@ folder is uploaded, `hf-hub:OWNER/NAME` takes the place of `local-dir:...`.
 
 def _length(saved):
     done, steps, epochs = (saved.get(name) for name in ("step", "steps_per_epoch", "epoch"))
-    if isinstance(done, int) and isinstance(steps, int) and steps > 0:  # a length in steps ends within an epoch
-        epochs = round(done / steps, 2)
-    return f", {epochs:g} epochs" if isinstance(epochs, (int, float)) else ""
+    if not isinstance(epochs, int):
+        return ""
+    if isinstance(done, int) and isinstance(steps, int) and (epochs - 1) * steps < done < epochs * steps < 2**53:
+        epochs = round(done / steps, 2)  # a length in steps ends within an epoch
+    return f", {epochs} epochs"
 
 
 def _plain(value: object) -> str:

@@ -48,8 +48,8 @@ def check_flags(args: argparse.Namespace) -> None:
 class Classifier:
     """A network with a new last layer on a pretrained backbone; its images, its best and its last validation.
 
-    frozen: whether the backbone is to stay as it is; choose: takes the training `datasets.Images` and returns the part
-    to train on; None: all.
+    run: kept by the caller; frozen: whether the backbone is to stay as it is; choose: takes the training
+    `datasets.Images` and returns the part to train on; None: all.
     network, last_layer: on the device, the last layer drawn as in MoCo's probe; images: what is trained on;
     batches: the `loader.train_loader` of it, None with -e.
     """
@@ -57,7 +57,7 @@ class Classifier:
     def __init__(
         self, run: Run, args: argparse.Namespace, precision: Precision, *, frozen: bool, choose: Callable | None = None
     ) -> None:
-        self.run = weakref.proxy(run)  # it holds `results`: the loaders would be in a circle, whose end has no order
+        self.run = weakref.proxy(run)  # which keeps self.results: in a cycle the loaders would end in any order
         self.args, self.process, self.precision = args, run.process, precision
         if run.saved and backbone.is_pretraining(run.saved):
             raise UserError(f"{run.path}: is a pretraining checkpoint; --pretrained takes it")
@@ -353,8 +353,8 @@ class Classifier:
         """result.json and with a confusion matrix the tables. Other results that are there get another name."""
         args, file = self.args, self.run.folder.file
         result = result | {"checkpoint": path, "checkpoint_sha256": digest, "arch": args.arch, "data": args.data}
-        trained = self.run.before if args.evaluate else vars(args)
-        result |= {name: trained[name] for name in ("train_percent", "subset_file", "weights") if name in trained}
+        if not args.evaluate:
+            result |= {name: vars(args)[name] for name in ("train_percent", "subset_file", "weights") if name in args}
         result |= {"hold_out": args.hold_out}
         result |= {"img_size": self.settings["img_size"], "val_images": self.val_images, "classes": len(self.classes)}
         try:

@@ -35,7 +35,8 @@ class Process:
     """One process of a run: its place among all processes and on its node, and its device.
 
     restarted: whether torchrun has started the processes anew after the run had said that it `began`; such a run goes
-    on by itself. began(): to be called once the save folder is the run's own. locks: given up at its end.
+    on by itself. began(): to be called once the save folder is the run's own. locks: of folders; `launch`
+    closes them, and copies of this share them.
     """
 
     rank: int = 0
@@ -45,7 +46,7 @@ class Process:
     device: torch.device = torch.device("cpu")
     restarted: bool = False
     began: Callable[[], None] = _nothing
-    locks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
+    locks: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False, repr=False)
 
 
 def seed_of(purpose: str, *parts: int) -> int:

@@ -45,8 +45,8 @@ class RunFolder:
     """The save folder of a run, and its log folder, which may be the same.
 
     overwrite: whether a run that is there is given up; keep: how many numbered checkpoints stay, 0: all;
-    restarted: by its launcher, after this very run began: what the folder holds is its own; locks: where the folder's
-    is kept, until they are closed.
+    restarted: by its launcher, after this very run began: what the folder holds is its own; locks: the stack
+    that keeps the folder's lock: closing it releases that.
     """
 
     def __init__(
@@ -212,7 +212,8 @@ class RunFolder:
             if resume == "auto" and not held:
                 raise UserError(f"-e --resume auto: {self.path} holds no classifier")
             path = held[0] if resume == "auto" else resume
-            _check_file(path)
+            if resume != "auto":
+                _check_file(path)
             if os.path.exists(self.path) and not os.path.isdir(self.path):
                 raise UserError(f"--save-dir {self.path}: is not a folder")
             others = [product for product in self._products() if not product.endswith("result.json")]

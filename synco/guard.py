@@ -69,7 +69,7 @@ class Guard(threading.Thread):
                     if self.store.check([FAILED]):
                         status = self._failure()[1]
                         time.sleep(self.NOTICE)
-                        self._leave(status)
+                        leave(status)
                     self.unanswered = 0
                 self._look(seen, beat)
         except RuntimeError:  # the process with the store may simply be done; then this one is about to be
@@ -122,7 +122,7 @@ class Guard(threading.Thread):
         while time.monotonic() < until:
             if signals.warned():  # by a launcher, which says what happened once it has seen the other one's end
                 time.sleep(2 * self.NOTICE)
-                self._leave(1)
+                leave(1)
             time.sleep(0.2)
 
     def _end(self, line: str | None) -> NoReturn:
@@ -130,11 +130,7 @@ class Guard(threading.Thread):
             if line:
                 report(line)
         finally:  # who read stderr may have gone with the launcher
-            self._leave(1)
-
-    def _leave(self, status: int) -> NoReturn:
-        self.process.locks.close()
-        leave(status)
+            leave(1)
 
 
 def _life(rank: int) -> str:

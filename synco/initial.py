@@ -41,7 +41,7 @@ def load_weights(model: SynCo, run: Run, args: argparse.Namespace) -> tuple[dict
     """
     what, stored = args.init_from, run.before.get("init_from")
     if run.path:
-        if backbone.is_classifier(run.saved):
+        if backbone.is_classifier(run.saved) and not backbone.is_pretraining(run.saved):
             raise UserError(f"{run.path}: is a classifier's checkpoint; --init-from takes it")
         if what and what != stored:
             began = f"began with {stored or 'random weights'}"

@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         needed = [action for action in self._actions if action.required or not action.option_strings]
         formatter.add_usage(None, needed, [])
         command = self.prog if self.prog.startswith("synco-") else r"\g<0>"  # the script's, where it is installed
-        formatter.add_text(re.sub(r"python main_\w+\.py", command, self.description))
+        formatter.add_text(re.sub(r"python main_\w+\.py", command, self.description or ""))
         for title in (self._first, *GROUPS):
             formatter.start_section(title)
             actions = [action for action, its_title in self._titles.items() if its_title == title]

@@ -129,7 +129,7 @@ def test_a_row_says_how_many_labels_there_were(trained, tool, tmp_path):
     assert "| linear classifier on a list of labels | 50.00 % |" in text
 
 
-@pytest.mark.parametrize("step, title", [(3, "1.5 epochs"), (4, "2 epochs"), ("many", "2 epochs")])
+@pytest.mark.parametrize("step, title", [(3, "1.5 epochs"), (4, "2 epochs"), (-5, "2 epochs"), ("x", "2 epochs")])
 def test_a_length_in_steps_may_end_within_an_epoch(trained, tool, tmp_path, step, title):
     folder, _ = trained
     content = torch.load(folder / "ours.tar", weights_only=True) | {"epoch": 2, "step": step, "steps_per_epoch": 2}
@@ -191,6 +191,7 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
         ("empty", []),
         ("null", [{"checkpoint_sha256": digest, "accuracies": {"knn k=1 t=1": {"top1": 1.0, "low": None}}}]),
         ("nan", [{"checkpoint_sha256": digest, "accuracies": {"knn k=1 t=1": {"top1": float("nan")}}}]),
+        ("nan5", [{"checkpoint_sha256": digest, "top1": 1.0, "top5": float("nan")}]),
         ("bare", [{"checkpoint_sha256": digest, "accuracies": {}}]),
         ("random", [{"checkpoint_sha256": None, "path": "random", "accuracies": {}}]),
     ):
@@ -208,6 +209,7 @@ def test_what_is_refused(trained, tool, tmp_path, monkeypatch):
         ([ours, "--card", "new", "--results", "empty.json"], "--results empty.json: is not what main_lincls.py"),
         ([ours, "--card", "new", "--results", "null.json"], "--results null.json: is not what main_lincls.py"),
         ([ours, "--card", "new", "--results", "nan.json"], "--results nan.json: is not what main_lincls.py"),
+        ([ours, "--card", "new", "--results", "nan5.json"], "--results nan5.json: is not what main_lincls.py"),
         ([ours, "--card", "new", "--results", "bare.json", "bare.json"], "--results bare.json: is given twice"),
         ([ours, "--card", "new", "--results", "bare.json"], "--results bare.json: holds no accuracies"),
         ([ours, "--card", "new", "--results", "random.json"], "another checkpoint (random weights) than"),

@@ -265,12 +265,14 @@ def test_both_folders_are_made_or_none(tmp_path):
     assert not os.path.exists(tmp_path / "d")
 
 
-def test_the_lock_is_there_until_the_process_gives_up_what_it_holds(place):
+def test_the_lock_is_one_and_there_until_the_process_gives_up_what_it_holds(place, monkeypatch):
+    made, lock = [], files.FolderLock
+    monkeypatch.setattr(files, "FolderLock", lambda path: made.append(path) or lock(path))
     with contextlib.ExitStack() as locks:
         mine = folder(place, locks=locks)
         mine.lock()
-        mine.lock()  # of two files that a process has locked and closes one, the lock would be gone
-        assert os.listdir(place) == [files.LOCK]
+        mine.lock()
+        assert os.listdir(place) == [files.LOCK] and made == [str(place)]
     assert os.listdir(place) == []
 
 

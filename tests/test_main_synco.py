@@ -656,7 +656,8 @@ def test_bad_checkpoints(undisturbed, data, tmp_path, program):
     torch.save({"epoch": 200, "arch": ARCH, "state_dict": weights}, foreign)
     message = "foreign.pth.tar: not a pretraining checkpoint that can be resumed: it has no optimizer"
     refused(program(*flags, "--resume", foreign), message, tmp_path / "r")
-    torch.save({**ours, "best_acc1": 1.0}, foreign)
+    weights = {name.replace("encoder_q.", ""): w for name, w in weights.items()}  # as a probe's
+    torch.save({**ours, "state_dict": weights, "best_acc1": 1.0}, foreign)
     message = "foreign.pth.tar: is a classifier's checkpoint; --init-from takes it"
     refused(program(*flags, "--resume", foreign), message, tmp_path / "r")
     torch.save({**ours, "epoch": 9, "step": 27}, good)
