@@ -51,9 +51,9 @@ def read_results(paths: list[str], path: str, digest: str) -> list[dict[str, Any
     each accuracy of which is a result of its own.
     Raises UserError that names a file which is of another checkpoint, or neither of the two.
     """
-    results = []
     if twice := [name for name in paths if paths.count(name) > 1]:
         raise UserError(f"--results {twice[0]}: is given twice")
+    results = []
     for name in paths:
         if not os.path.isfile(name):
             raise UserError(f"--results {name}: no such file")

@@ -55,10 +55,10 @@ class Guard(threading.Thread):
                 time.sleep(2 * self.INTERVAL)  # a warning to launcher and processes alike may come a little later
                 if signals.warned():
                     time.sleep(self.GRACE)
-                self._end("the launcher has gone" if self.process.local_rank == 0 else None)
+                _end("the launcher has gone" if self.process.local_rank == 0 else None)
             self.unanswered += self.store is not None
             if self.unanswered > self.seconds / self.INTERVAL + 2 * self.NOTICE:
-                self._end("lost the process that holds the others together: it does not answer")
+                _end("lost the process that holds the others together: it does not answer")
 
     def _watch_others(self) -> None:
         try:
@@ -75,7 +75,7 @@ class Guard(threading.Thread):
         except RuntimeError:  # the process with the store may simply be done; then this one is about to be
             time.sleep(self.NOTICE)
             if not self._is_orphan():  # then the store has gone with the launcher, which `run` says
-                self._end("lost the process that holds the others together")
+                _end("lost the process that holds the others together")
 
     def _is_orphan(self) -> bool:
         return self.launched and os.getppid() != self.parent
@@ -93,7 +93,7 @@ class Guard(threading.Thread):
         if lost or late:
             first = self.process.rank == min(set(seen) - set(lost))
             why = f"{ranks(lost)}: no sign of life for {self.seconds:g} s" if lost else f"{ranks(late)}: never came"
-            self._end(f"lost {why}" if first else None)
+            _end(f"lost {why}" if first else None)
 
     def _failure(self) -> tuple[int, int]:
         rank, status = map(int, self.store.get(FAILED).split())
@@ -125,13 +125,6 @@ class Guard(threading.Thread):
                 leave(1)
             time.sleep(0.2)
 
-    def _end(self, line: str | None) -> NoReturn:
-        try:
-            if line:
-                report(line)
-        finally:  # who read stderr may have gone with the launcher
-            leave(1)
-
 
 def _life(rank: int) -> str:
     return f"alive/{rank}"
@@ -140,3 +133,11 @@ def _life(rank: int) -> str:
 def ranks(numbers: list[int]) -> str:
     """ "rank 1", "ranks 1, 2"."""
     return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
+def _end(line: str | None) -> NoReturn:
+    try:
+        if line:
+            report(line)
+    finally:  # who read stderr may have gone with the launcher
+        leave(1)

@@ -31,10 +31,10 @@ class Ended(Exception):
 def guards(monkeypatch):
     """guards(n, seconds) → n guards of one store that look when told to; each raises Ended(its line) at its end."""
 
-    def ended(self, line):
+    def ended(line):
         raise Ended(line)
 
-    monkeypatch.setattr(guard.Guard, "_end", ended)
+    monkeypatch.setattr(guard, "_end", ended)
     monkeypatch.setattr(guard.Guard, "_watch_others", lambda self: None)
     store = dist.HashStore()
     return lambda n, seconds=8: [
@@ -99,10 +99,10 @@ def test_a_store_that_goes_with_its_launcher_is_not_what_is_said(monkeypatch):
         def check(self, keys):
             raise RuntimeError("Connection reset by peer")
 
-    def ended(self, line):
+    def ended(line):
         raise Ended(line)
 
-    monkeypatch.setattr(guard.Guard, "_end", ended)
+    monkeypatch.setattr(guard, "_end", ended)
     monkeypatch.setattr(guard.Guard, "INTERVAL", 0.01)
     monkeypatch.setattr(guard.Guard, "NOTICE", 0.0)
     one = guard.Guard(Process(), True, 8)
